@@ -1,0 +1,1 @@
+"""Launchers: parse, then import what the command needs."""

@@ -1,0 +1,1 @@
+"""The volunteer's daemon: swarm (network), learn (GRPO), rewards, inference."""

@@ -1,0 +1,1 @@
+"""The trained model: load a version, talk to it, export it."""

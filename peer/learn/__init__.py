@@ -1,0 +1,1 @@
+"""GRPO: data, sampling, advantages, losses, the gradient, the canonical step."""

@@ -1,0 +1,1 @@
+"""Verifiable reward functions, looked up by name among what is installed."""

@@ -1,0 +1,1 @@
+"""Averaging and distribution: codecs, rules, the exchange, synchronisation."""
