@@ -1,0 +1,107 @@
+"""The chain of policy versions: every manifest names its parent's digest, the coordinator signs each.
+
+Verification needs nothing but the coordinator's peer id, which is part of the run's address.
+"""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from google.protobuf.message import Message
+
+from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.checks import check_manifest, check_plan, check_seal
+from hivegrpo.protocol.envelope import Opened, open_run, open_signed, run_id_of
+from hivegrpo.protocol.errors import ChainError, WireError
+
+MAX_ENTRY_BYTES = 1 << 20
+
+M = TypeVar("M", bound=Message)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A committed version with the plan and the seal it came from (None for version 0)."""
+
+    manifest: Opened[pb.VersionManifest]
+    plan: Opened[pb.RoundPlan] | None
+    seal: Opened[pb.Seal] | None
+
+    def to_message(self) -> pb.ChainEntry:
+        """For the wire and the disk."""
+        if self.plan is None or self.seal is None:
+            return pb.ChainEntry(manifest=self.manifest.signed)
+        return pb.ChainEntry(manifest=self.manifest.signed, plan=self.plan.signed, seal=self.seal.signed)
+
+
+class Chain:
+    """A verified prefix of a run's chain, growing at its head. It never changes what it holds."""
+
+    def __init__(self, run: pb.Signed, coordinator: str) -> None:
+        """ChainError unless `run` is a manifest that `coordinator` signed."""
+        try:
+            self.manifest: Opened[pb.RunManifest] = open_run(run, coordinator)
+        except WireError as error:
+            raise ChainError(f"The run manifest does not verify: {error}.", WRONG_CHAIN_HINT) from error
+        self.run_id = run_id_of(run.payload)
+        self.coordinator = coordinator
+        self.entries: list[Entry] = []
+
+    @property
+    def run(self) -> pb.Signed:
+        """The signed run manifest."""
+        return self.manifest.signed
+
+    def entry(self, version: int) -> pb.ChainEntry:
+        """The entry of a version up to `height`, for the wire."""
+        return self.entries[version].to_message()
+
+    @property
+    def head(self) -> Entry | None:
+        """The newest entry, or None before version 0 is agreed."""
+        return self.entries[-1] if self.entries else None
+
+    @property
+    def height(self) -> int:
+        """Version of the head; -1 for an empty chain."""
+        return len(self.entries) - 1
+
+    def append(self, message: pb.ChainEntry) -> Entry:
+        """Verify the entry after the head and take it; ChainError says what is wrong with it."""
+        try:
+            entry = self._open(message)
+        except WireError as error:
+            raise ChainError(f"Version {self.height + 1} does not verify: {error}.", WRONG_CHAIN_HINT) from error
+        self.entries.append(entry)
+        return entry
+
+    def _open(self, message: pb.ChainEntry) -> Entry:
+        manifest = self._signed(message.manifest, pb.VersionManifest)
+        check_manifest(manifest.message)
+        version = self.height + 1
+        if manifest.message.version != version:
+            raise ChainError(f"Expected version {version}, got {manifest.message.version}.", WRONG_CHAIN_HINT)
+        parent = self.head.manifest.digest if self.head else self.manifest.digest
+        if manifest.message.parent != parent:
+            raise ChainError(f"Version {version} does not continue the chain: its parent differs.", WRONG_CHAIN_HINT)
+        if version == 0:
+            return Entry(manifest, None, None)
+        plan = self._signed(message.plan, pb.RoundPlan)
+        seal = self._signed(message.seal, pb.Seal)
+        check_plan(plan.message)
+        check_seal(seal.message, plan.message)
+        if (plan.digest, seal.digest) != (manifest.message.plan, manifest.message.seal):
+            raise ChainError(f"Version {version} comes with another plan or seal than it names.", WRONG_CHAIN_HINT)
+        if seal.message.plan != plan.digest or plan.message.version != version or plan.message.parent != parent:
+            raise ChainError(f"Plan and seal of version {version} do not belong together.", WRONG_CHAIN_HINT)
+        if len(manifest.message.spans) != len(plan.message.reducers):
+            raise ChainError(f"Version {version} does not have one span for each reducer.", WRONG_CHAIN_HINT)
+        return Entry(manifest, plan, seal)
+
+    def _signed(self, envelope: pb.Signed, kind: type[M]) -> Opened[M]:
+        return open_signed(envelope, self.run_id, kind, signer=self.coordinator)
+
+
+WRONG_CHAIN_HINT = (
+    "Check the address with whoever launched the run; if it is right, the coordinator or its disk is damaged "
+    "or hostile: do not contribute, and report this message."
+)

@@ -1,0 +1,94 @@
+"""A chain on disk: the run manifest in one file, the entries appended to another.
+
+Every home that follows a run has both, so inference and late joins read a coordinator's home and a peer's alike.
+"""
+
+import os
+from pathlib import Path
+
+from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.chain import MAX_ENTRY_BYTES, Chain, Entry
+from hivegrpo.protocol.envelope import parse
+from hivegrpo.protocol.errors import ChainError, ConfigError, FrameError
+from hivegrpo.protocol.files import write_whole
+
+RUN_FILE = "run.manifest"
+ENTRIES_FILE = "chain.bin"
+
+
+class ChainFile:
+    """Keeps a `Chain` and its copy on disk in step. An entry is on disk (fsync) before `append` returns."""
+
+    def __init__(self, home: Path, chain: Chain) -> None:
+        self.chain = chain
+        self._path = home / ENTRIES_FILE
+        self._whole = 0
+
+    @classmethod
+    def create(cls, home: Path, run: pb.Signed, coordinator: str) -> "ChainFile":
+        """Open the home's chain, or begin it with `run`. ChainError if the home follows another run."""
+        if (home / RUN_FILE).is_file():
+            opened = cls.open(home, coordinator)
+            opened._repair()
+            if opened.chain.run.payload != run.payload:
+                raise ChainError(
+                    f"The home {home} belongs to run {opened.chain.run_id[:16]}, not to this one.",
+                    "Use another --home for this run.",
+                )
+            return opened
+        chain = Chain(run, coordinator)
+        write_whole(home / RUN_FILE, run.SerializeToString())
+        return cls(home, chain)
+
+    @classmethod
+    def open(cls, home: Path, coordinator: str | None = None) -> "ChainFile":
+        """Read and verify a home's chain, of which the owner may be writing the next entry just now.
+
+        `coordinator` defaults to the one that the stored manifest names. ConfigError if there is no run in the home.
+        """
+        path = home / RUN_FILE
+        if not path.is_file():
+            raise ConfigError(
+                f"There is no run in {home}.", "Name a run's folder or the home of a coordinator or peer."
+            )
+        run = parse(pb.Signed, path.read_bytes())
+        chain = Chain(run, coordinator or parse(pb.RunManifest, run.payload).coordinator)
+        opened = cls(home, chain)
+        opened._load()
+        return opened
+
+    def append(self, message: pb.ChainEntry) -> Entry:
+        """Verify the next entry, then write it."""
+        entry = self.chain.append(message)
+        data = message.SerializeToString()
+        with self._path.open("ab") as file:
+            file.write(len(data).to_bytes(4, "big") + data)
+            file.flush()
+            os.fsync(file.fileno())
+        return entry
+
+    def _load(self) -> None:
+        if not self._path.is_file():
+            return
+        data = self._path.read_bytes()
+        position = 0
+        while position + 4 <= len(data):
+            size = int.from_bytes(data[position : position + 4], "big")
+            if size > MAX_ENTRY_BYTES:
+                raise ChainError(f"{self._path} is damaged at byte {position}.", DAMAGED_HINT)
+            if position + 4 + size > len(data):
+                break
+            try:
+                self.chain.append(parse(pb.ChainEntry, data[position + 4 : position + 4 + size]))
+            except FrameError as error:
+                raise ChainError(f"{self._path} is damaged at byte {position}: {error}.", DAMAGED_HINT) from error
+            position += 4 + size
+        self._whole = position
+
+    def _repair(self) -> None:
+        """Remove an entry that a crash cut short. Only the home's owner may."""
+        if self._path.is_file() and self._path.stat().st_size > self._whole:
+            os.truncate(self._path, self._whole)
+
+
+DAMAGED_HINT = "Move the file away: a peer then fetches the chain anew, a coordinator writes it anew from its log."

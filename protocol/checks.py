@@ -1,0 +1,142 @@
+"""Structural checks of messages: bounds, lengths and internal consistency, before anything is computed with them.
+
+Signatures say who wrote a message; these say that it makes sense on its own. All raise FrameError.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.chunks import chunk_count
+from hivegrpo.protocol.envelope import DIGEST_BYTES
+from hivegrpo.protocol.errors import FrameError
+from hivegrpo.protocol.scalars import StepScalars, fp32_from_bits
+
+MAX_METRICS = 64
+MAX_METRIC_NAME = 64
+MAX_ADDRESSES = 16
+MAX_ROSTER = 4096
+MAX_REDUCERS = 64
+MAX_NORM_BYTES = 128
+MAX_VALUES = 1 << 34
+MAX_SECONDS = 86_400.0
+
+
+def check_metrics(metrics: Mapping[str, float]) -> None:
+    """Few, shortly named, finite numbers."""
+    if len(metrics) > MAX_METRICS:
+        raise FrameError(f"{len(metrics)} metrics; at most {MAX_METRICS} are taken")
+    for name, value in metrics.items():
+        if len(name) > MAX_METRIC_NAME or not math.isfinite(value):
+            raise FrameError(f"metric {name[:MAX_METRIC_NAME]!r} is too long or not finite")
+
+
+def check_digest(value: bytes, what: str) -> None:
+    """Exactly 32 bytes."""
+    if len(value) != DIGEST_BYTES:
+        raise FrameError(f"{what} has {len(value)} bytes, not {DIGEST_BYTES}")
+
+
+def check_addresses(addresses: Sequence[str]) -> None:
+    """Few and short; that they parse is the dialler's business."""
+    if len(addresses) > MAX_ADDRESSES or any(len(address) > 256 for address in addresses):
+        raise FrameError("too many or too long addresses")
+
+
+def check_seconds(value: float, what: str) -> None:
+    """A positive duration of at most a day."""
+    if not 0.0 < value <= MAX_SECONDS:
+        raise FrameError(f"{what} is {value}, not a duration of at most {MAX_SECONDS:.0f} s")
+
+
+def check_lease(lease: pb.Lease) -> None:
+    """A non-empty range with a bound on its weight."""
+    if lease.count == 0 or lease.max_weight == 0:
+        raise FrameError("an empty lease")
+    check_seconds(lease.seconds, "the lease's duration")
+
+
+def check_contribution(contribution: pb.Contribution, lease: pb.Lease) -> None:
+    """Each offset of the lease is accounted for exactly once, and the weight is within the lease's bound."""
+    check_digest(contribution.root, "the contribution's root")
+    check_metrics(contribution.metrics)
+    offsets = [*contribution.used, *contribution.dropped, *contribution.returned]
+    if len(offsets) != lease.count or set(offsets) != set(range(lease.count)):
+        raise FrameError("used, dropped and returned offsets do not cover the lease exactly once")
+    if not 0 <= contribution.weight <= lease.max_weight:
+        raise FrameError(f"weight {contribution.weight} is above the lease's bound of {lease.max_weight}")
+    if bool(contribution.used) != bool(contribution.weight):
+        raise FrameError("a contribution has weight if and only if it uses a group")
+
+
+def check_plan(plan: pb.RoundPlan) -> None:
+    """A roster in canonical order, reducers whose spans cover all chunks in order, sane scalars and durations."""
+    check_digest(plan.parent, "the plan's parent")
+    if not 1 <= plan.values <= MAX_VALUES or plan.attempt < 1 or plan.version < 1:
+        raise FrameError("the plan's version, attempt or vector length is out of range")
+    peers = [contributor.peer for contributor in plan.contributors]
+    if not 1 <= len(peers) <= MAX_ROSTER or peers != sorted(set(peers)):
+        raise FrameError("the plan's roster is empty, too long, or not in order")
+    for contributor in plan.contributors:
+        check_digest(contributor.root, "a contributor's root")
+        if contributor.weight == 0:
+            raise FrameError("a contributor without weight")
+    if not 1 <= len(plan.reducers) <= MAX_REDUCERS:
+        raise FrameError(f"{len(plan.reducers)} reducers; between 1 and {MAX_REDUCERS} can serve")
+    position = 0
+    for reducer in plan.reducers:
+        check_addresses(reducer.addresses)
+        if reducer.first != position or reducer.chunks == 0 or reducer.peer not in peers:
+            raise FrameError("the plan's spans are not contiguous, or a reducer is not in the roster")
+        position += reducer.chunks
+    if position != chunk_count(plan.values):
+        raise FrameError("the plan's spans do not cover the vector")
+    StepScalars.from_bits(list(plan.scalars))
+    check_seconds(plan.exchange_seconds, "the exchange's duration")
+    check_seconds(plan.step_seconds, "the step's duration")
+
+
+def check_sender_report(report: pb.SenderReport, plan: pb.RoundPlan) -> None:
+    """Names each complete sender of the plan's roster at most once, with an exact norm of bounded size."""
+    peers = [complete.peer for complete in report.complete]
+    if len(set(peers)) != len(peers) or not set(peers) <= {contributor.peer for contributor in plan.contributors}:
+        raise FrameError("a sender is named twice, or is not in the plan's roster")
+    if any(len(complete.norm_squared) > MAX_NORM_BYTES for complete in report.complete):
+        raise FrameError("a norm is longer than any fp32 vector's")
+
+
+def check_seal(seal: pb.Seal, plan: pb.RoundPlan) -> None:
+    """A non-empty subset of the plan's roster, in its order, with finite coefficients."""
+    check_digest(seal.plan, "the seal's plan")
+    peers = [sealed.peer for sealed in seal.contributors]
+    roster = {contributor.peer for contributor in plan.contributors}
+    if not peers or peers != sorted(set(peers)) or not set(peers) <= roster:
+        raise FrameError("the seal's contributors are not an ordered subset of the plan's roster")
+    if not all(math.isfinite(fp32_from_bits(sealed.coefficient)) for sealed in seal.contributors):
+        raise FrameError("a coefficient of the seal is not finite")
+
+
+def check_step_report(report: pb.StepReport, plan: pb.RoundPlan) -> None:
+    """One span per reducer, well-formed digests."""
+    check_digest(report.state_root, "the state root")
+    check_digest(report.seal, "the seal's digest")
+    check_metrics(report.metrics)
+    if len(report.spans) != len(plan.reducers):
+        raise FrameError(f"{len(report.spans)} spans for {len(plan.reducers)} reducers")
+    for span in report.spans:
+        check_digest(span.root, "a span's root")
+
+
+def check_manifest(manifest: pb.VersionManifest) -> None:
+    """Well-formed digests; version 0 has no plan, all others have one."""
+    check_digest(manifest.parent, "the manifest's parent")
+    check_digest(manifest.state.root, "the state root")
+    check_metrics(manifest.metrics)
+    for digest in (manifest.plan, manifest.seal):
+        if manifest.version == 0:
+            if digest:
+                raise FrameError("version 0 names a plan or a seal")
+        else:
+            check_digest(digest, "the manifest's plan or seal")
+    for span in manifest.spans:
+        check_digest(span.root, "a span's root")

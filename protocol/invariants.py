@@ -1,0 +1,225 @@
+"""Whether a run kept its promises, judged from what the coordinator and the peers wrote down.
+
+`check` covers invariants 1 to 5 of the architecture:
+
+1. same version, same state root, on every honest peer;
+2. a contribution that was acknowledged is in exactly one manifest, or rejected with a reason;
+3. nothing counts twice: no prompt position, no contribution, no version;
+4. one chain: no fork, no gap, across crashes of anything;
+5. every committed span equals its rule applied to the sealed chunks.
+
+The coordinator's records are those of `coordinator.history.read_records`. Of a peer's records it reads "version"
+{version, state_root, manifest} and "contribution_acked" {lease}.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from hivegrpo.protocol.history import Record
+from hivegrpo.protocol.scalars import fp32_bits
+
+Recompute = Callable[[Record, Record, int], bytes | None]
+"""(plan, seal, index of a span) -> the span's root, made anew from the sealed chunks; None if these are gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """A promise that was broken."""
+
+    invariant: int
+    text: str
+
+
+def check(
+    coordinator: Iterable[Record], peers: Mapping[str, Iterable[Record]], recompute: Recompute | None = None
+) -> list[Violation]:
+    """All violations; empty if the histories are as they should be. Invariant 5 needs `recompute`."""
+    book = _Book()
+    found = [violation for record in coordinator for violation in book.take(record)]
+    found += book.unresolved()
+    for peer, records in sorted(peers.items()):
+        found += _check_peer(peer, records, book)
+    if recompute is not None:
+        found += _check_spans(book, recompute)
+    return found
+
+
+@dataclass(slots=True)
+class _Book:
+    """What follows from the coordinator's records so far."""
+
+    run_id: str = ""
+    leases: dict[int, Record] = field(default_factory=dict)
+    live: dict[int, int] = field(default_factory=dict)
+    """Positions that are leased, or used by a contribution that can still count: position -> lease."""
+    spent: dict[int, int] = field(default_factory=dict)
+    """Positions that counted, or can never be used: position -> lease."""
+    contributions: dict[int, Record] = field(default_factory=dict)
+    counted: dict[int, int] = field(default_factory=dict)
+    """Lease of a contribution in a manifest -> version."""
+    rejected: dict[int, str] = field(default_factory=dict)
+    plans: dict[str, Record] = field(default_factory=dict)
+    seals: dict[str, Record] = field(default_factory=dict)
+    versions: list[Record] = field(default_factory=list)
+
+    def take(self, record: Record) -> Iterator[Violation]:
+        """Take one record of the coordinator's."""
+        match record["kind"]:
+            case "run":
+                self.run_id = record["run_id"]
+            case "lease":
+                yield from self._lease(record)
+            case "lease_expired":
+                self._free(record["lease"])
+            case "contribution":
+                yield from self._contribution(record)
+            case "contribution_rejected":
+                yield from self._rejected(record)
+            case "plan":
+                self.plans[record["digest"]] = record
+            case "seal":
+                self.seals[record["digest"]] = record
+            case "version":
+                yield from self._version(record)
+
+    def unresolved(self) -> Iterator[Violation]:
+        """Contributions with neither manifest nor rejection, outside the round that is in flight at the end."""
+        for lease, contribution in self.contributions.items():
+            settled = lease in self.counted or lease in self.rejected or contribution["weight"] == 0
+            if not settled and contribution["version"] < self.height:
+                yield Violation(2, f"the contribution of lease {lease} is in no manifest and was not rejected")
+
+    @property
+    def height(self) -> int:
+        return len(self.versions) - 1
+
+    def _lease(self, record: Record) -> Iterator[Violation]:
+        lease = record["lease"]
+        if lease <= max(self.leases, default=0):
+            yield Violation(4, f"lease {lease} was granted after lease {max(self.leases)}")
+        if record["version"] != self.height:
+            yield Violation(4, f"lease {lease} is for version {record['version']} at height {self.height}")
+        self.leases[lease] = record
+        for position in range(record["start"], record["start"] + record["count"]):
+            other = self.live.get(position, self.spent.get(position))
+            if other is not None:
+                yield Violation(3, f"position {position} of lease {lease} was taken by lease {other}")
+            self.live[position] = lease
+
+    def _contribution(self, record: Record) -> Iterator[Violation]:
+        lease = record["lease"]
+        if lease in self.contributions:
+            yield Violation(3, f"two contributions were taken for lease {lease}")
+            return
+        self.contributions[lease] = record
+        if lease not in self.leases:
+            yield Violation(3, f"a contribution was taken for lease {lease}, which was never granted")
+            return
+        start = self.leases[lease]["start"]
+        dropped = {start + offset for offset in record["dropped"]}
+        returned = {start + offset for offset in record["returned"]}
+        used = {start + offset for offset in record["used"]}
+        held = {position for position in used | dropped | returned if self.live.get(position) == lease}
+        if held != used | dropped | returned:
+            yield Violation(3, f"the contribution of lease {lease} has positions that the lease no longer had")
+        for position in dropped | returned:
+            self.live.pop(position, None)
+        self.spent.update(dict.fromkeys(dropped, lease))
+
+    def _rejected(self, record: Record) -> Iterator[Violation]:
+        lease = record["lease"]
+        if not record["reason"]:
+            yield Violation(2, f"the contribution of lease {lease} was rejected without a reason")
+        if lease in self.counted or lease in self.rejected:
+            yield Violation(2, f"the contribution of lease {lease} was rejected after it was settled")
+        self.rejected[lease] = record["reason"]
+        self._free(lease)
+
+    def _free(self, lease: int) -> None:
+        granted = self.leases.get(lease)
+        if granted is not None:
+            for position in range(granted["start"], granted["start"] + granted["count"]):
+                if self.live.get(position) == lease:
+                    del self.live[position]
+
+    def _version(self, record: Record) -> Iterator[Violation]:
+        version = record["version"]
+        if version in {other["version"] for other in self.versions}:
+            yield Violation(3, f"version {version} was committed twice")
+        if version != self.height + 1:
+            yield Violation(4, f"version {version} was committed at height {self.height}")
+        parent = self.versions[-1]["digest"] if self.versions else self.run_id
+        if record["parent"] != parent:
+            yield Violation(4, f"version {version} does not continue the version before it")
+        self.versions.append(record)
+        if version > 0:
+            yield from self._origin(record)
+        for contributor in record["contributors"]:
+            yield from self._count(contributor, version)
+
+    def _origin(self, record: Record) -> Iterator[Violation]:
+        """The manifest follows from its plan and seal, and the seal's coefficients from the plan's weights."""
+        version = record["version"]
+        plan, seal = self.plans.get(record["plan"]), self.seals.get(record["seal"])
+        if plan is None or seal is None or seal["plan"] != plan["digest"] or plan["version"] != version:
+            yield Violation(4, f"version {version} names a plan or a seal that was not made for it")
+            return
+        sealed = {item["peer"]: item["coefficient"] for item in seal["contributors"]}
+        named = [contributor for contributor in plan["contributors"] if contributor["peer"] in sealed]
+        if record["contributors"] != named or len(named) != len(sealed):
+            yield Violation(2, f"version {version} names other contributors than its seal")
+        total = sum(contributor["weight"] for contributor in named)
+        shares = {contributor["peer"]: fp32_bits(contributor["weight"] / total) for contributor in named}
+        if plan["rule"] == "mean" and sealed != shares:
+            yield Violation(5, f"the coefficients of version {version} are not the shares of the weight")
+
+    def _count(self, contributor: Record, version: int) -> Iterator[Violation]:
+        lease = contributor["lease"]
+        contribution = self.contributions.get(lease)
+        if contribution is None:
+            yield Violation(2, f"version {version} counts lease {lease}, for which no contribution was taken")
+            return
+        if lease in self.counted:
+            yield Violation(3, f"the contribution of lease {lease} is in versions {self.counted[lease]} and {version}")
+        if lease in self.rejected:
+            yield Violation(2, f"the contribution of lease {lease} is in version {version}, and was rejected")
+        if (contribution["weight"], contribution["root"]) != (contributor["weight"], contributor["root"]):
+            yield Violation(2, f"version {version} counts another contribution than lease {lease} committed to")
+        self.counted[lease] = version
+        start = self.leases[lease]["start"] if lease in self.leases else 0
+        for position in (start + offset for offset in contribution["used"]):
+            if position in self.spent:
+                yield Violation(3, f"position {position} counted for leases {self.spent[position]} and {lease}")
+            self.spent[position] = lease
+            self.live.pop(position, None)
+
+
+def _check_peer(peer: str, records: Iterable[Record], book: _Book) -> Iterator[Violation]:
+    for record in records:
+        if record["kind"] == "contribution_acked" and record["lease"] not in book.contributions:
+            yield Violation(2, f"lease {record['lease']} was acknowledged to {peer}, and is not in the log")
+        if record["kind"] == "version":
+            yield from _check_version(peer, record, book)
+
+
+def _check_version(peer: str, record: Record, book: _Book) -> Iterator[Violation]:
+    version = record["version"]
+    if not 0 <= version <= book.height:
+        yield Violation(4, f"{peer} holds version {version}; the log ends at {book.height}")
+        return
+    committed = book.versions[version]
+    if record["state_root"] != committed["state_root"]:
+        yield Violation(1, f"{peer} holds version {version} with another state root than was committed")
+    if record["manifest"] != committed["digest"]:
+        yield Violation(4, f"{peer} holds another manifest of version {version} than the log")
+
+
+def _check_spans(book: _Book, recompute: Recompute) -> Iterator[Violation]:
+    for record in book.versions[1:]:
+        plan, seal = book.plans.get(record["plan"]), book.seals.get(record["seal"])
+        if plan is None or seal is None or seal["plan"] != plan["digest"]:
+            continue
+        for index, span in enumerate(record["spans"]):
+            root = recompute(plan, seal, index)
+            if root is not None and root.hex() != span["root"]:
+                yield Violation(5, f"span {index} of version {record['version']} is not its rule's result")

@@ -1,0 +1,103 @@
+"""Frames on an asyncio connection: a 4-byte big-endian length, then that many bytes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from hivegrpo.protocol.errors import FrameError, RemoteError
+from hivegrpo.protocol.transport.base import MAX_FRAME_BYTES, Stream
+
+PREFIX_BYTES = 4
+CLOSE_SECONDS = 5.0
+"""How long `close` waits for the last bytes to leave."""
+
+
+class FramedStream(Stream):
+    """Both transports' stream. What it buffers is bounded by the reader's limit and one frame each way."""
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        remote: str,
+        on_end: Callable[[FramedStream], None],
+    ) -> None:
+        """`on_end` is called once, when the stream is closed or aborted on this side."""
+        self.remote = remote
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self._reader = reader
+        self._writer = writer
+        self._on_end: Callable[[FramedStream], None] = on_end
+        self._announced: int | None = None
+        self._open = True
+
+    @property
+    def usable(self) -> bool:
+        """Open, as far as this side has heard."""
+        return self._open and not self._reader.at_eof() and not self._writer.is_closing()
+
+    async def send(self, frame: bytes | memoryview, timeout: float = 30.0) -> None:
+        body = memoryview(frame).cast("B")
+        size = body.nbytes
+        if size > MAX_FRAME_BYTES:
+            raise FrameError(f"a frame of {size} bytes; at most {MAX_FRAME_BYTES} may be sent")
+        if not self._open:
+            raise RemoteError(f"the stream to {self.remote} is closed")
+        try:
+            self._writer.write(size.to_bytes(PREFIX_BYTES, "big"))
+            self._writer.write(body)
+            async with asyncio.timeout(timeout):
+                await self._writer.drain()
+        except TimeoutError:
+            self.abort()
+            raise RemoteError(f"{self.remote} did not take a frame within {timeout:g} s") from None
+        except OSError as error:
+            self.abort()
+            raise RemoteError(f"the stream to {self.remote} broke: {error}") from None
+        self.bytes_sent += PREFIX_BYTES + size
+
+    async def receive(self, limit: int, timeout: float = 30.0) -> bytes:
+        """See `Stream.receive`. After a timeout, or when cancelled, the stream can be read on."""
+        try:
+            async with asyncio.timeout(timeout):
+                if self._announced is None:
+                    self._announced = int.from_bytes(await self._reader.readexactly(PREFIX_BYTES), "big")
+                size = self._announced
+                if size > limit:
+                    raise FrameError(f"{self.remote} announced a frame of {size} bytes; at most {limit} are read here")
+                frame = await self._reader.readexactly(size)
+        except TimeoutError:
+            raise RemoteError(f"nothing from {self.remote} within {timeout:g} s") from None
+        except asyncio.IncompleteReadError:
+            raise RemoteError(f"{self.remote} ended the stream") from None
+        except OSError as error:
+            raise RemoteError(f"the stream from {self.remote} broke: {error}") from None
+        self._announced = None
+        self.bytes_received += PREFIX_BYTES + size
+        return frame
+
+    async def close(self) -> None:
+        if not self._open:
+            return
+        self._open = False
+        self._writer.close()
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._writer.wait_closed()
+        except OSError:
+            pass  # also TimeoutError: the other side does not read; what is left is dropped
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """Drop the stream at once, with whatever was not sent yet."""
+        self._open = False
+        self._writer.transport.abort()
+        on_end, self._on_end = self._on_end, _ended
+        on_end(self)
+
+
+def _ended(stream: Stream) -> None:
+    """The second end of a stream is nothing to tell."""

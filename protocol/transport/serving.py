@@ -1,0 +1,233 @@
+"""What both transports share: unary calls over streams, caps, handlers as tasks, and counting what was refused.
+
+A unary call is one frame each way on a stream "call", which its caller keeps for the next call to the same peer:
+
+    request    1 byte n | name, n bytes | body
+    answer     1 byte, 0 done or 1 refused | body or reason
+
+hivemind's own unary calls are not used. Kept streams answer four times as many calls a second; one refused stream
+bounds what a peer may have in flight; and a hivemind call that times out while its answer arrives crashes p2pd.
+"""
+
+import asyncio
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Coroutine
+from typing import Any
+
+import structlog
+
+from hivegrpo.protocol.errors import FrameError, RemoteError, WireError
+from hivegrpo.protocol.transport.base import MAX_CALL_BYTES, CallHandler, Stream, StreamHandler, Transport
+from hivegrpo.protocol.transport.frames import FramedStream
+
+PROTOCOL = "hivegrpo/1/"
+"""Prefix of every stream's libp2p protocol name."""
+
+CALL = "call"
+MAX_HINT_BYTES = 8 << 10
+MAX_REASON_CHARS = 200
+CALLS_AT_ONCE = 8
+"""Calls in flight to one peer; the next ones wait."""
+
+IDLE_SECONDS = 15.0
+"""How long a caller keeps an idle call stream; who serves it waits twice that."""
+
+_DONE, _REFUSED = b"\x00", b"\x01"
+
+log = structlog.get_logger(__name__)
+
+
+class ServingTransport(Transport):
+    """Everything but the medium: a subclass opens streams, announces protocols, and passes on what comes in."""
+
+    def __init__(self, peer_id: str) -> None:
+        self.peer_id = peer_id
+        self.rejected = {}
+        self.closed = False
+        self._call_handlers: dict[str, CallHandler] = {}
+        self._stream_handlers: dict[str, tuple[StreamHandler, int]] = {}
+        self._served: Counter[tuple[str, str]] = Counter()
+        self._streams: set[FramedStream] = set()
+        self._lines: dict[str, _Line] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @abstractmethod
+    async def _open(self, peer_id: str, name: str) -> FramedStream:
+        """Open a stream to the handler `name` of a peer; RemoteError if that fails. The caller bounds the wait."""
+
+    @abstractmethod
+    async def _listen(self, name: str) -> None:
+        """From now on pass incoming streams for `name` to `_accept`."""
+
+    async def call(self, peer_id: str, name: str, request: bytes, timeout: float = 10.0) -> bytes:
+        if len(request) > MAX_CALL_BYTES:
+            raise FrameError(f"a request of {len(request)} bytes to {name!r}; at most {MAX_CALL_BYTES} may be sent")
+        line = self._lines.setdefault(peer_id, _Line())
+        head = len(name.encode()).to_bytes(1, "big") + name.encode()
+        try:
+            async with asyncio.timeout(timeout), line.slots:
+                stream = line.take() or await self._dial(peer_id, CALL)
+                try:
+                    await stream.send(head + request, timeout)
+                    answer = await stream.receive(1 + MAX_CALL_BYTES, timeout)
+                except BaseException:
+                    stream.abort()
+                    raise
+                line.keep(stream)
+        except TimeoutError:
+            raise RemoteError(f"{peer_id} did not answer {name!r} within {timeout:g} s") from None
+        except FrameError as error:
+            raise RemoteError(error.message) from None
+        if answer[:1] != _DONE:
+            raise RemoteError(f"{peer_id} refused {name!r}: {_printable(answer[1:])}")
+        return answer[1:]
+
+    async def open_stream(self, peer_id: str, name: str, timeout: float = 10.0) -> Stream:
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._dial(peer_id, name)
+        except TimeoutError:
+            raise RemoteError(f"{peer_id} did not open a stream {name!r} within {timeout:g} s") from None
+
+    async def serve_call(self, name: str, handler: CallHandler) -> None:
+        assert name not in self._call_handlers, f"call {name!r} is served already"
+        self._call_handlers[name] = handler
+        if CALL not in self._stream_handlers:
+            # Twice the caller's own limit: a stream that it dropped may not have ended here yet.
+            await self.serve_stream(CALL, self._answer_calls, max_per_peer=2 * CALLS_AT_ONCE)
+
+    async def serve_stream(self, name: str, handler: StreamHandler, max_per_peer: int = 8) -> None:
+        assert name not in self._stream_handlers, f"stream {name!r} is served already"
+        self._stream_handlers[name] = handler, max_per_peer
+        await self._listen(name)
+
+    async def close(self) -> None:
+        self.stop()
+        await asyncio.gather(*self._tasks - {asyncio.current_task()}, return_exceptions=True)
+
+    def stop(self) -> None:
+        """Drop every stream and cancel every handler, without waiting for them."""
+        self.closed = True
+        for stream in list(self._streams):
+            stream.abort()
+        for task in self._tasks - {asyncio.current_task()}:
+            task.cancel()
+
+    def forget(self, stream: FramedStream) -> None:
+        """A stream of this node has ended."""
+        self._streams.discard(stream)
+
+    async def _dial(self, peer_id: str, name: str) -> FramedStream:
+        if self.closed:
+            raise RemoteError("this node's transport is closed")
+        if peer_id == self.peer_id:
+            raise RemoteError("a node does not dial itself")
+        stream = await self._open(peer_id, name)
+        self._streams.add(stream)
+        if self.closed:
+            stream.abort()
+        return stream
+
+    def _accept(self, stream: FramedStream, name: str) -> None:
+        """Serve an incoming stream in a task of its own, or drop it."""
+        key = name, stream.remote
+        handler, most = self._stream_handlers[name]
+        if self.closed or self._served[key] >= most:
+            stream.abort()
+            self._reject(RemoteError(f"has {most} streams {name!r} open already"), stream.remote)
+            return
+        self._served[key] += 1
+        self._streams.add(stream)
+        self._spawn(self._serve(stream, handler, key))
+
+    async def _serve(self, stream: FramedStream, handler: StreamHandler, key: tuple[str, str]) -> None:
+        try:
+            await handler(stream)
+        except WireError as error:
+            self._reject(error, stream.remote)
+        except Exception:
+            log.exception("stream handler failed", name=key[0], peer=stream.remote)
+        finally:
+            self._served[key] -= 1
+            if not self._served[key]:
+                del self._served[key]
+            await stream.close()
+
+    async def _answer_calls(self, stream: Stream) -> None:
+        while True:
+            try:
+                request = await stream.receive(256 + MAX_CALL_BYTES, timeout=2 * IDLE_SECONDS)
+            except RemoteError:
+                return
+            answer = await self._answer(request, stream.remote)
+            try:
+                await stream.send(answer)
+            except RemoteError:
+                return
+
+    async def _answer(self, request: bytes, remote: str) -> bytes:
+        size = 1 + request[0] if request else 0
+        name, body = request[1:size].decode(errors="replace"), request[size:]
+        try:
+            handler = self._call_handlers.get(name)
+            if handler is None:
+                raise FrameError(f"no call {name!r} here")
+            if len(body) > MAX_CALL_BYTES:
+                raise FrameError(f"a request of {len(body)} bytes to {name!r}; at most {MAX_CALL_BYTES} are taken")
+            answer = await handler(body, remote)
+        except WireError as error:
+            self._reject(error, remote)
+            return _REFUSED + f"{type(error).__name__}: {error.message}"[:MAX_REASON_CHARS].encode()
+        except Exception:
+            log.exception("call handler failed", name=name, peer=remote)
+            return _REFUSED + b"internal error"
+        if len(answer) > MAX_CALL_BYTES:
+            log.error("answer too large", name=name, peer=remote, bytes=len(answer), limit=MAX_CALL_BYTES)
+            return _REFUSED + b"the answer is too large"
+        return _DONE + answer
+
+    def _reject(self, error: WireError, remote: str) -> None:
+        """Count bad input; show the first ones, then ever fewer, so that a flood does not fill the disk."""
+        kind = type(error).__name__
+        count = self.rejected.get(kind, 0) + 1
+        self.rejected[kind] = count
+        if count <= 8 or count & (count - 1) == 0:
+            log.warning("rejected", error=kind, reason=_printable(error.message.encode()), peer=remote, count=count)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class _Line:
+    """Call streams to one peer: a bounded number in use, the others idle for a while."""
+
+    def __init__(self) -> None:
+        self.slots = asyncio.Semaphore(CALLS_AT_ONCE)
+        self._idle: list[tuple[FramedStream, asyncio.TimerHandle]] = []
+
+    def take(self) -> FramedStream | None:
+        """The stream that was used last, if it is still alive."""
+        while self._idle:
+            stream, timer = self._idle.pop()
+            timer.cancel()
+            if stream.usable:
+                return stream
+            stream.abort()
+        return None
+
+    def keep(self, stream: FramedStream) -> None:
+        timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._drop, stream)
+        self._idle.append((stream, timer))
+
+    def _drop(self, stream: FramedStream) -> None:
+        self._idle = [(kept, timer) for kept, timer in self._idle if kept is not stream]
+        stream.abort()
+
+
+def _printable(text: bytes) -> str:
+    """A remote's words, short, and without anything that a terminal would obey."""
+    shown = text[:MAX_REASON_CHARS].decode(errors="replace")
+    return "".join(letter if letter.isprintable() else "?" for letter in shown)

@@ -1,0 +1,206 @@
+"""What only the real network has: p2pd, ports, signals and a DHT."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import psutil
+import pytest
+from structlog.testing import capture_logs
+
+from hivegrpo.protocol.errors import BusyError, ConfigError, RemoteError
+from hivegrpo.protocol.identity import Identity
+from hivegrpo.protocol.transport.base import Stream
+
+pytestmark = pytest.mark.slow
+
+PATIENCE = 30.0
+"""More than any step takes; running into it is a failure."""
+
+
+async def echo_call(request: bytes, remote: str) -> bytes:
+    return request
+
+
+async def echo(stream: Stream) -> None:
+    while True:
+        await stream.send(await stream.receive(1000))
+
+
+def leftovers() -> set[str]:
+    """Sockets and folders of p2pd that nobody cleaned up."""
+    folders = {Path(tempfile.gettempdir()), Path("/tmp")}
+    return {str(path) for folder in folders for path in folder.glob("hive*") if not path.name.endswith(".lock")}
+
+
+def test_nothing_is_left_of_a_node_that_closed() -> None:
+    from hivegrpo.protocol.transport.p2p import P2PTransport
+
+    async def scenario() -> None:
+        before = leftovers()
+        node = await P2PTransport.create(Identity.generate())
+        await node.serve_stream("echo", echo)
+        child = psutil.Process(node.p2pd_pid)
+        assert child.parent() == psutil.Process()
+        assert os.getsid(child.pid) == child.pid != os.getsid(0)
+        mine = leftovers() - before
+        assert mine
+        await node.close()
+        assert not child.is_running()
+        assert not mine & leftovers()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(scenario())
+
+
+def test_a_busy_port_is_named_with_what_to_do() -> None:
+    from hivegrpo.protocol.transport.p2p import P2PTransport
+
+    async def scenario() -> None:
+        node = await P2PTransport.create(Identity.generate(), dht=False)
+        port = int(node.addresses()[0].split("/")[4])
+        with pytest.raises(BusyError, match=f"Port {port} on 127.0.0.1 is in use") as caught:
+            await P2PTransport.create(Identity.generate(), port=port)
+        assert "--port" in caught.value.hint
+        await node.close()
+        again = await P2PTransport.create(Identity.generate(), port=port, dht=False)
+        assert again.addresses() == [f"/ip4/127.0.0.1/tcp/{port}/p2p/{again.peer_id}"]
+        await again.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("host", ["localhost", "203.0.113.7"])
+def test_a_host_that_is_not_this_machines_address_is_a_config_error(host: str) -> None:
+    from hivegrpo.protocol.transport.p2p import P2PTransport
+
+    with pytest.raises(ConfigError, match=host):
+        asyncio.run(P2PTransport.create(Identity.generate(), host=host))
+
+
+def test_everything_works_without_a_dht_and_when_nobody_to_join_answers() -> None:
+    from hivegrpo.protocol.transport.p2p import P2PTransport
+
+    async def scenario() -> None:
+        alone = f"/ip4/127.0.0.1/tcp/1/p2p/{Identity.generate().peer_id}"
+        with capture_logs() as logs:
+            off = await P2PTransport.create(Identity.generate(), dht=False)
+            unlucky = await P2PTransport.create(Identity.generate(), initial_peers=[alone])
+        assert [each["peers"] for each in logs if each["log_level"] == "warning"] == [[alone]]
+        await off.serve_call("echo", echo_call)
+        await unlucky.connect(off.addresses())
+        assert await unlucky.call(off.peer_id, "echo", b"hello") == b"hello"
+        for node in (off, unlucky):
+            await node.announce("head", b"hint", ttl=60)
+        assert await off.find("head") == {}
+        assert await unlucky.find("head") == {unlucky.peer_id: b"hint"}
+        await off.close()
+        await unlucky.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_node_whose_p2pd_ended_says_so_and_fails_at_once() -> None:
+    from hivegrpo.protocol.transport.p2p import P2PTransport
+
+    async def scenario() -> None:
+        server, client = await P2PTransport.create(Identity.generate()), await P2PTransport.create(Identity.generate())
+        await server.serve_stream("echo", echo)
+        await client.connect(server.addresses())
+        stream = await client.open_stream(server.peer_id, "echo")
+        with capture_logs() as logs:
+            psutil.Process(client.p2pd_pid).kill()
+            await asyncio.wait_for(client.lost.wait(), PATIENCE)
+        assert [each["exit_code"] for each in logs if each["log_level"] == "error"] == [-9]
+        with pytest.raises(RemoteError):
+            await stream.receive(1000, PATIENCE)
+        with pytest.raises(RemoteError):
+            await client.open_stream(server.peer_id, "echo")
+        assert await client.find("head") == {}
+        await client.close()
+        await server.close()
+
+    asyncio.run(scenario())
+
+
+def test_the_dht_takes_small_hints_of_peers_only_and_so_many() -> None:
+    from hivemind.dht.validation import DHTRecord
+    from hivemind.utils.serializer import MSGPackSerializer
+    from hivemind.utils.timed_storage import get_dht_time
+
+    from hivegrpo.protocol.transport import p2p
+
+    pack = MSGPackSerializer.dumps
+    key, peer, soon = bytes(20), pack(Identity.generate().peer_id), get_dht_time() + 60
+    accepts = p2p._HintValidator().validate
+    for size in (0, 255, 256, 8 << 10):
+        assert accepts(DHTRecord(key, peer, pack(bytes(size)), soon))
+    for record in (
+        DHTRecord(key, peer, pack(bytes((8 << 10) + 1)), soon),
+        DHTRecord(key, peer, pack("text"), soon),
+        DHTRecord(key, peer, pack(b"x") + b"\0", soon),
+        DHTRecord(key, peer, b"\xc5", soon),
+        DHTRecord(key, peer, b"", soon),
+        DHTRecord(key, pack("me"), pack(b"x"), soon),
+        DHTRecord(key, pack(None), pack(b"x"), soon),
+        DHTRecord(key, b"", pack(b"x"), soon),
+        DHTRecord(key, peer, pack(b"x"), soon + 2 * p2p.MAX_HINT_SECONDS),
+    ):
+        assert not accepts(record)
+
+    storage = p2p._HintStorage(p2p.MAX_KEYS)
+    stored = [storage.store_subkey(1, number, b"x", soon) for number in range(p2p.MAX_HINTS + 1)]
+    assert stored == [True] * p2p.MAX_HINTS + [False]
+    assert storage.store_subkey(1, 0, b"y", soon + 1)
+
+
+HOST = """
+import asyncio, logging, signal, structlog
+from hivegrpo.protocol.identity import Identity
+from hivegrpo.protocol.transport.p2p import P2PTransport
+
+structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.INFO))
+
+async def main():
+    interrupted = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupted.set)
+    node = await P2PTransport.create(Identity.generate())
+    print(node.p2pd_pid, flush=True)
+    await interrupted.wait()
+    await asyncio.sleep(0.2)
+    print("p2pd", "lost" if node.lost.is_set() else "alive", flush=True)
+    await node.close()
+
+asyncio.run(main())
+"""
+
+
+def start_host() -> tuple[subprocess.Popen[str], psutil.Process]:
+    host = subprocess.Popen(
+        [sys.executable, "-c", HOST],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert host.stdout is not None
+    return host, psutil.Process(int(host.stdout.readline()))
+
+
+def test_p2pd_goes_when_its_host_is_killed() -> None:
+    host, p2pd = start_host()
+    host.kill()
+    host.communicate()
+    p2pd.wait(timeout=5)
+
+
+def test_ctrl_c_reaches_the_host_only_and_the_terminal_stays_quiet() -> None:
+    host, p2pd = start_host()
+    os.killpg(host.pid, signal.SIGINT)
+    out, err = host.communicate(timeout=PATIENCE)
+    assert (host.returncode, out, err) == (0, "p2pd alive\n", "")
+    assert not p2pd.is_running()
