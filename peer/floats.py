@@ -1,0 +1,38 @@
+"""What canonical arithmetic needs of floating point: subnormals kept, and finite values."""
+
+import torch
+from torch import Tensor
+
+from hivegrpo.protocol.errors import HiveError, NumericsError
+
+# Made of bits: a conversion would already lose the subnormal in a thread that flushes.
+_SMALLEST_NORMAL, _SMALLEST_SUBNORMAL = torch.tensor([[1 << 23], [1]], dtype=torch.int32).view(torch.float32)
+
+
+class NonFiniteError(HiveError, ValueError):
+    """A NaN or an infinity where only finite values have a meaning."""
+
+
+def keep_subnormals() -> None:
+    """Switch flush-to-zero and denormals-are-zero off in the calling thread, and check by arithmetic that they are.
+
+    Any library built with fast-math may have switched them on, for this thread or for the process. The state is the
+    thread's own (MXCSR, FPCR): call this at the start of every canonical operation, in the thread that computes.
+    NumericsError if subnormals are still lost.
+    """
+    torch.set_flush_denormal(False)
+    # The first has a subnormal result and a normal operand, the second the other way round.
+    result_lost = (_SMALLEST_NORMAL * 0.5).view(torch.int32).item() != 1 << 22
+    input_lost = (_SMALLEST_SUBNORMAL * 2.0**23).item() != 2.0**-126
+    if result_lost or input_lost:
+        raise NumericsError(
+            "This thread flushes subnormal numbers to zero, and that cannot be switched off.",
+            "Look for a library built with fast-math, or a processor without IEEE subnormals; try another machine.",
+        )
+
+
+def require_finite(values: Tensor, what: str) -> None:
+    """NonFiniteError unless every fp32 value is finite; decided on the bits, so no floating-point state matters."""
+    magnitude = values.view(torch.int32) & 0x7FFFFFFF
+    if int(magnitude.amax()) >= 0x7F800000:
+        raise NonFiniteError(f"{what} holds a NaN or an infinity.")
