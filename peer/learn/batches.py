@@ -1,0 +1,68 @@
+"""Micro-batches: sequences of similar length together, within a budget of tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from hivegrpo.peer.learn.rollout import Rollout
+from hivegrpo.peer.learn.sampler import pad_left
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some sequences of a rollout as tensors: prompts padded on the left, completions on the right."""
+
+    prompt_ids: Tensor
+    """(B, P)"""
+    prompt_mask: Tensor
+    """(B, P), 1 at tokens."""
+    completion_ids: Tensor
+    """(B, T)"""
+    completion_mask: Tensor
+    """(B, T) bool, True at tokens."""
+    behaviour_logps: Tensor
+    """(B, T), 0 at padding."""
+    advantages: Tensor
+    """(B,)"""
+
+
+def make_batch(rollout: Rollout, members: Sequence[int], device: torch.device) -> Batch:
+    """The sequences numbered `members`, padded to the longest prompt and the longest completion among them."""
+    completions = [rollout.completions[member] for member in members]
+    prompt_ids, prompt_mask = pad_left([rollout.prompt_ids[member] for member in members], device)
+    tokens = [torch.tensor(completion.token_ids, dtype=torch.long) for completion in completions]
+    mask = [torch.ones(len(row), dtype=torch.bool) for row in tokens]
+    logps = [completion.logps for completion in completions]
+    return Batch(
+        prompt_ids,
+        prompt_mask,
+        pad_sequence(tokens, batch_first=True).to(device),
+        pad_sequence(mask, batch_first=True).to(device),
+        pad_sequence(logps, batch_first=True).to(device),
+        rollout.advantages[list(members)].to(device),
+    )
+
+
+def plan_batches(prompt_lengths: Sequence[int], completion_lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Which sequences go together, so that rows x (longest prompt + longest completion) stays within `budget` tokens.
+
+    Sorted by length, so that little is padding. A sequence that is longer than the budget goes alone.
+    """
+    order = sorted(
+        range(len(prompt_lengths)), key=lambda i: (completion_lengths[i], prompt_lengths[i], i), reverse=True
+    )
+    batches: list[list[int]] = []
+    longest_prompt = longest_completion = 0
+    for member in order:
+        prompt = max(longest_prompt, prompt_lengths[member])
+        completion = max(longest_completion, completion_lengths[member])
+        if batches and (len(batches[-1]) + 1) * (prompt + completion) <= budget:
+            batches[-1].append(member)
+            longest_prompt, longest_completion = prompt, completion
+        else:
+            batches.append([member])
+            longest_prompt, longest_completion = prompt_lengths[member], completion_lengths[member]
+    return batches

@@ -1,0 +1,64 @@
+"""From a row's prompt to token ids: through the tokenizer's chat template, or as plain text."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hivegrpo.peer.learn.base import require_built_in
+from hivegrpo.protocol.config import DatasetSection
+from hivegrpo.protocol.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer in a base model's folder; ConfigError if there is none."""
+    from transformers import AutoTokenizer
+
+    require_built_in(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"The tokenizer in {folder} cannot be loaded: {error}", "Is the folder complete?") from None
+    return tokenizer
+
+
+class PromptEncoder:
+    """Token ids of prompts, and the text of completions."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", dataset: DatasetSection) -> None:
+        """ConfigError if there is a system prompt and nothing to put it into."""
+        self.tokenizer = tokenizer
+        self.system_prompt = dataset.system_prompt
+        self.prompt_template = dataset.prompt_template
+        self.chat = tokenizer.chat_template is not None and dataset.prompt_template is None
+        if self.system_prompt is not None and not self.chat:
+            raise ConfigError(
+                "[dataset] has a system_prompt, but the tokenizer has no chat template to put it into.",
+                "Write it into prompt_template instead.",
+            )
+
+    def text(self, prompt: str) -> str:
+        """What the model gets to read, as text."""
+        if not self.chat:
+            return self.prompt_template.replace("{prompt}", prompt) if self.prompt_template else prompt
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt is not None else []
+        messages = [*system, {"role": "user", "content": prompt}]
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a prompt. A chat template writes its own special tokens; plain text gets the tokenizer's."""
+        ids: list[int] = self.tokenizer(self.text(prompt), add_special_tokens=not self.chat)["input_ids"]
+        return ids
+
+    def decode(self, completion_ids: list[list[int]]) -> list[str]:
+        """Text of completions, without special tokens."""
+        texts: list[str] = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        return texts
+
+
+def end_token_ids(tokenizer: "PreTrainedTokenizerBase", generation_config: Any) -> frozenset[int]:
+    """Tokens that end a completion: the tokenizer's, and those of the model's generation_config.json."""
+    named = generation_config.eos_token_id if generation_config is not None else None
+    ids = named if isinstance(named, list) else [named]
+    return frozenset(int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None)
