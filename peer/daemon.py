@@ -1,0 +1,228 @@
+"""Start a peer: find the run, check everything it names against what is here, then put the volunteer to work."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AsyncExitStack, closing
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from hivegrpo.peer.home import PeerHome, identity_path
+from hivegrpo.peer.numerics import check_numerics
+from hivegrpo.peer.preparation import prepare_learner
+from hivegrpo.peer.swarm.codecs import get_codec
+from hivegrpo.peer.swarm.contribution import ContributionStore
+from hivegrpo.peer.swarm.directory import Directory
+from hivegrpo.peer.swarm.exchange import ExchangeServer
+from hivegrpo.peer.swarm.session import Session
+from hivegrpo.peer.swarm.sync import HOLDERS_KEY, Synchroniser
+from hivegrpo.peer.swarm.versions import Versions
+from hivegrpo.peer.volunteer import Learns, Volunteer
+from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.address import parse_address
+from hivegrpo.protocol.blobstream import BlobStore, serve_blobs
+from hivegrpo.protocol.chain import Chain
+from hivegrpo.protocol.chainfile import ChainFile
+from hivegrpo.protocol.chainstream import fetch_run, serve_chain
+from hivegrpo.protocol.config import PeerConfig, RunConfig
+from hivegrpo.protocol.envelope import PROTOCOL, sign
+from hivegrpo.protocol.errors import HiveError, MismatchError, UnreachableError, WireError
+from hivegrpo.protocol.history import History
+from hivegrpo.protocol.homes import locked_home
+from hivegrpo.protocol.identity import Identity
+from hivegrpo.protocol.transport.base import Transport
+
+log = structlog.get_logger(__name__)
+
+HEARTBEAT_SECONDS = 2.0
+ANNOUNCE_SECONDS = 60.0
+DRAIN_SECONDS = 60.0
+
+Show = Callable[[dict[str, Any]], None]
+MakeTransport = Callable[[Identity, Path, PeerConfig, str], Awaitable[Transport]]
+
+
+async def run_peer(
+    address: str, settings: PeerConfig, stop: asyncio.Event, show: Show, *, make_transport: MakeTransport
+) -> None:
+    """Join the run at `address` and work until it is finished or `stop` is set.
+
+    `show` is given status dicts. HiveErrors say what the user can do; the network's mistakes never end the daemon.
+    """
+    coordinator, _ = parse_address(address)
+    async with AsyncExitStack() as stack:
+        key = identity_path(settings.home)
+        stack.enter_context(locked_home(key.parent))
+        identity = Identity.load_or_create(key)
+        transport = await make_transport(identity, key, settings, address)
+        stack.push_async_callback(transport.close)
+        run = await _find_run(transport, address, coordinator)
+        home = PeerHome.of_run(run.run_id, settings.home)
+        chainfile = ChainFile.create(home.root, run.run, coordinator)
+        chain = chainfile.chain
+        config = _read_config(chain)
+        show({"kind": "joining", "run_id": chain.run_id, "peer": identity.peer_id, "home": str(home.root)})
+
+        worker = stack.enter_context(ThreadPoolExecutor(max_workers=1, thread_name_prefix="learn"))
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(worker, _check_arithmetic, chain)
+        store = BlobStore(home.blobs)
+        learner = await prepare_learner(chain, config, settings, transport, store, home.model, worker)
+        await work_in_run(
+            address,
+            identity=identity,
+            transport=transport,
+            chainfile=chainfile,
+            config=config,
+            home=home,
+            store=store,
+            learner=learner,
+            worker=worker,
+            stop=stop,
+            show=show,
+        )
+
+
+async def work_in_run(
+    address: str,
+    *,
+    identity: Identity,
+    transport: Transport,
+    chainfile: ChainFile,
+    config: RunConfig,
+    home: PeerHome,
+    store: BlobStore,
+    learner: Learns,
+    worker: Executor,
+    stop: asyncio.Event,
+    show: Show,
+) -> None:
+    """The part of `run_peer` that needs no model: catch up, join, and work with whatever `learner` it is given."""
+    chain = chainfile.chain
+    loop = asyncio.get_running_loop()
+    versions = await loop.run_in_executor(worker, Versions, home.root, chainfile, store, config)
+    directory = Directory(transport)
+    exchanges = ExchangeServer()
+    await exchanges.start(transport)
+    await serve_chain(transport, chain)
+    await serve_blobs(transport, store)
+    synchroniser = Synchroniser(versions, transport, directory, chain.coordinator)
+    await synchroniser.run()
+    session = Session(
+        address=address,
+        chain=chain,
+        identity=identity,
+        transport=transport,
+        directory=directory,
+        join=lambda: _join(transport, chain),
+    )
+    codec = get_codec(config.averaging.codec)
+    keep = config.distribution.keep_versions
+    with closing(History(home.history)) as history:
+        volunteer = Volunteer(
+            config=config,
+            identity=identity,
+            session=session,
+            versions=versions,
+            synchroniser=synchroniser,
+            exchanges=exchanges,
+            directory=directory,
+            contributions=ContributionStore(home.contributions, codec, versions.values, keep),
+            learner=learner,
+            worker=worker,
+            history=history,
+        )
+        await _run_together(
+            volunteer.work(),
+            session.run(),
+            _heartbeats(session, volunteer, versions, show),
+            _announcements(transport, identity, chain),
+            _leave_on(stop, volunteer),
+        )
+    await session.tell(pb.Leave(reason="finished" if session.finished else "asked to leave"))
+    show({"kind": "left", "version": versions.version, "state_root": versions.state_root.hex()})
+
+
+async def _find_run(transport: Transport, address: str, coordinator: str) -> Chain:
+    """The run at an address, verified against the peer id in it; UnreachableError or ChainError."""
+    await transport.connect([address])
+    try:
+        return Chain(await fetch_run(transport, coordinator), coordinator)
+    except WireError as error:
+        raise UnreachableError(
+            f"{address} answers, but serves no run: {error}.",
+            "Check that the address is that of a coordinator, as `hivegrpo coordinator run` prints it.",
+        ) from error
+
+
+def _read_config(chain: Chain) -> RunConfig:
+    manifest = chain.manifest.message
+    if manifest.protocol != PROTOCOL:
+        raise MismatchError(
+            f"The run speaks {manifest.protocol[:40]!r}, this installation {PROTOCOL}.",
+            "Install the version of hivegrpo that the run names: pip install -U hivegrpo.",
+        )
+    return RunConfig.from_json(manifest.config)
+
+
+def _check_arithmetic(chain: Chain) -> None:
+    """Known-answer test, against this installation's digests and against the run's."""
+    here = bytes.fromhex(check_numerics())
+    if here != chain.manifest.message.digests["known_answer"]:
+        raise MismatchError(
+            "This installation computes another version of the canonical arithmetic than the run.",
+            "Install the version of hivegrpo that the run was launched with.",
+        )
+
+
+def _join(transport: Transport, chain: Chain) -> pb.Join:
+    return pb.Join(
+        protocol=PROTOCOL,
+        addresses=transport.addresses(),
+        known_answer=chain.manifest.message.digests["known_answer"],
+        head=chain.head.manifest.signed if chain.head else None,
+        agent=f"hivegrpo/{installed_version('hivegrpo')}",
+    )
+
+
+async def _heartbeats(session: Session, volunteer: Volunteer, versions: Versions, show: Show) -> None:
+    """Tell the coordinator and the user how this peer is doing."""
+    while True:
+        beat = pb.Heartbeat(version=versions.version, state=volunteer.state, metrics=volunteer.metrics)
+        show({"kind": "status", "version": versions.version, "state": volunteer.state, **volunteer.metrics})
+        await session.tell(beat)
+        await asyncio.sleep(HEARTBEAT_SECONDS)
+
+
+async def _announcements(transport: Transport, identity: Identity, chain: Chain) -> None:
+    """Leave a signed hint in the DHT where this peer's versions can be had."""
+    while True:
+        endpoint = pb.Endpoint(peer=identity.peer_id, addresses=transport.addresses())
+        value = sign(identity, chain.run_id, endpoint).SerializeToString()
+        await transport.announce(f"{chain.run_id[:16]}/{HOLDERS_KEY}", value, 3 * ANNOUNCE_SECONDS)
+        await asyncio.sleep(ANNOUNCE_SECONDS)
+
+
+async def _leave_on(stop: asyncio.Event, volunteer: Volunteer) -> None:
+    """On request, let the volunteer finish what is owed, for a bounded time."""
+    await stop.wait()
+    await volunteer.leave()
+    await asyncio.sleep(DRAIN_SECONDS)
+    log.warning("left without finishing the round in flight", seconds=DRAIN_SECONDS)
+
+
+async def _run_together(main: Coroutine[Any, Any, None], *others: Coroutine[Any, Any, None]) -> None:
+    """Run all until the first ends; then end the rest. The first exception is raised, HiveErrors before others."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in (main, *others)]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    failures = [result for result in results if isinstance(result, Exception)]
+    for failure in sorted(failures, key=lambda error: not isinstance(error, HiveError)):
+        raise failure

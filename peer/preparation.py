@@ -1,0 +1,64 @@
+"""Get a run's materials, check them, and make the learner."""
+
+import asyncio
+from concurrent.futures import Executor
+from pathlib import Path
+
+from hivegrpo.peer.learn.data import Prompts
+from hivegrpo.peer.learn.learner import Learner
+from hivegrpo.peer.materials import base_folder, file_refs, read_rows
+from hivegrpo.peer.rewards.registry import find_rewards, reward_versions
+from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.blobstream import BlobStore, fetch_blob
+from hivegrpo.protocol.chain import Chain
+from hivegrpo.protocol.config import PeerConfig, RunConfig
+from hivegrpo.protocol.errors import MismatchError, UnreachableError, WireError
+from hivegrpo.protocol.transport.base import Transport
+
+
+async def prepare_learner(
+    chain: Chain,
+    config: RunConfig,
+    settings: PeerConfig,
+    transport: Transport,
+    store: BlobStore,
+    model_folder: Path,
+    worker: Executor,
+) -> Learner:
+    """Fetch what travels with the run from its coordinator, check all digests, load the model."""
+    manifest = chain.manifest.message
+    for ref in file_refs(manifest):
+        try:
+            await fetch_blob(transport, ref, [chain.coordinator], store)
+        except WireError as error:
+            raise UnreachableError(
+                f"A file of the run could not be fetched: {error}.", "Start this peer again: it goes on where it was."
+            ) from error
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(worker, _load, manifest, config, settings, store, model_folder)
+
+
+def _load(
+    manifest: pb.RunManifest, config: RunConfig, settings: PeerConfig, store: BlobStore, model_folder: Path
+) -> Learner:
+    rewards = find_rewards(config.rewards.functions)
+    here = reward_versions(rewards)
+    if here != dict(manifest.rewards):
+        raise MismatchError(
+            f"The run uses reward functions {dict(manifest.rewards)}, installed are {here}.",
+            "Install the versions that the run names.",
+        )
+    folder = base_folder(manifest, config, store, model_folder)
+    rows = read_rows(manifest.dataset, manifest.digests["dataset"], config.dataset, None, store)
+    held_out = None
+    if config.evaluation is not None:
+        digest = manifest.digests["evaluation"]
+        held_out = Prompts.from_jsonl(read_rows(manifest.evaluation, digest, config.dataset, config.evaluation, store))
+    learner = Learner.open(config, settings, folder, Prompts.from_jsonl(rows), held_out)
+    layout = [(tensor.name, tuple(tensor.shape)) for tensor in manifest.layout]
+    if learner.layout != layout:
+        raise MismatchError(
+            "The model's trainable parameters are laid out differently here than in the run.",
+            "Install the versions of transformers and peft that the run was launched with (constraints.txt).",
+        )
+    return learner

@@ -1,0 +1,44 @@
+"""Where peers can be dialled, as far as anyone said."""
+
+from collections.abc import Iterable
+
+from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.errors import HiveError, RemoteError
+from hivegrpo.protocol.transport.base import Stream, Transport
+
+MAX_KNOWN = 4096
+
+
+class Directory:
+    """Addresses by peer id; dials on the way to opening a stream. The transport proves who answers at an address."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._addresses: dict[str, list[str]] = {}
+
+    def learn(self, endpoints: Iterable[pb.Endpoint | pb.Reducer]) -> None:
+        """Remember addresses; the newest win, the oldest are forgotten beyond `MAX_KNOWN` peers."""
+        for endpoint in endpoints:
+            if endpoint.peer != self._transport.peer_id and endpoint.addresses:
+                self._addresses.pop(endpoint.peer, None)
+                self._addresses[endpoint.peer] = list(endpoint.addresses)
+        while len(self._addresses) > MAX_KNOWN:
+            del self._addresses[next(iter(self._addresses))]
+
+    def known(self) -> list[str]:
+        """Peers with an address, the newest first."""
+        return list(reversed(self._addresses))
+
+    async def reach(self, peer_id: str, timeout: float = 10.0) -> None:
+        """Make sure there is a connection, as far as an address is known; RemoteError if it cannot be dialled."""
+        addresses = self._addresses.get(peer_id)
+        if addresses:
+            try:
+                await self._transport.connect(addresses, timeout)
+            except HiveError as error:
+                raise RemoteError(f"cannot dial {peer_id}: {error}") from error
+
+    async def open_stream(self, peer_id: str, name: str, timeout: float = 10.0) -> Stream:
+        """Dial if need be, then open a stream."""
+        await self.reach(peer_id, timeout)
+        return await self._transport.open_stream(peer_id, name, timeout)

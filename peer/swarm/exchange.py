@@ -1,0 +1,245 @@
+"""The exchange of one attempt: push own chunks to the reducers, reduce the own span, collect all spans.
+
+Streams "push" (sender to reducer) and "span" (from the reducer, or from any peer that already has the span).
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import structlog
+
+from hivegrpo.peer.swarm.contribution import EncodedVector
+from hivegrpo.peer.swarm.directory import Directory
+from hivegrpo.peer.swarm.reducer import SpanLayout, SpanReducer
+from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.blobs import BlobRef, blob_ref, blob_root, split_pieces
+from hivegrpo.protocol.envelope import Opened, open_signed, parse, sign
+from hivegrpo.protocol.errors import CommitmentError, RemoteError, StaleError, WireError
+from hivegrpo.protocol.identity import Identity
+from hivegrpo.protocol.transport.base import Stream, Transport
+
+log = structlog.get_logger(__name__)
+
+PUSH = "push"
+SPAN = "span"
+MAX_HEADER_BYTES = 4096
+MAX_RECEIPT_BYTES = 1024
+RETRY_SECONDS = 0.25
+KEPT_EXCHANGES = 3
+"""Attempts whose spans are still served to peers that are behind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A reduced span and the reducer's signed promise of it."""
+
+    receipt: pb.Signed
+    content: pb.Blob
+    data: bytes
+
+
+class Exchange:
+    """One attempt, as one roster peer sees it. `bytes_sent` and `bytes_received` include framing."""
+
+    def __init__(
+        self,
+        plan: Opened[pb.RoundPlan],
+        own: EncodedVector,
+        *,
+        identity: Identity,
+        run_id: str,
+        directory: Directory,
+        worker: Executor,
+    ) -> None:
+        self.plan = plan
+        self.spans: dict[int, Span] = {}
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self._own = own
+        self._identity = identity
+        self._run_id = run_id
+        self._directory = directory
+        self._worker = worker
+        self._changed = asyncio.Condition()
+        directory.learn(plan.message.reducers)
+        mine = [index for index, reducer in enumerate(plan.message.reducers) if reducer.peer == identity.peer_id]
+        self.reducer = SpanReducer(plan, mine[0]) if mine else None
+
+    async def push(self) -> None:
+        """Send every reducer its chunks; a reducer that fails is tried again until the exchange's time is up."""
+        await asyncio.gather(*(self._push_span(index) for index in range(len(self.plan.message.reducers))))
+
+    async def gather(self) -> pb.SenderReport | None:
+        """As a reducer, wait until all senders are complete or time is up, and say who is; None if not a reducer."""
+        if self.reducer is None:
+            return None
+        try:
+            async with asyncio.timeout(self.plan.message.exchange_seconds):
+                await self.reducer.all_complete.wait()
+        except TimeoutError:
+            pass  # those that are complete by now are reported; the coordinator decides what follows
+        return self.reducer.report()
+
+    async def collect(self, seal: Opened[pb.Seal]) -> list[Span]:
+        """Reduce the own span and fetch the others: all spans in order. RemoteError when time is up."""
+        try:
+            async with asyncio.timeout(self.plan.message.step_seconds):
+                await asyncio.gather(*(self._obtain(index, seal) for index in range(len(self.plan.message.reducers))))
+        except TimeoutError:
+            missing = sorted(set(range(len(self.plan.message.reducers))) - set(self.spans))
+            raise RemoteError(f"spans {missing} did not come within {self.plan.message.step_seconds:.0f} s") from None
+        return [self.spans[index] for index in range(len(self.spans))]
+
+    async def serve_push(self, stream: Stream, header: pb.PushHeader) -> None:
+        """Take a sender's chunks."""
+        if self.reducer is None or header.span != self.reducer.span:
+            raise StaleError("this peer does not reduce that span")
+        await self.reducer.receive(stream, header)
+        await stream.send(pb.Ack(accepted=True).SerializeToString())
+        self._count(stream)
+
+    async def serve_span(self, stream: Stream, index: int) -> None:
+        """Send a span with its receipt, once it is here."""
+        try:
+            async with asyncio.timeout(self.plan.message.step_seconds), self._changed:
+                await self._changed.wait_for(lambda: index in self.spans)
+        except TimeoutError:
+            raise StaleError(f"span {index} did not become available here") from None
+        span = self.spans[index]
+        await stream.send(span.receipt.SerializeToString())
+        for piece in split_pieces(span.data):
+            await stream.send(piece)
+        self._count(stream)
+
+    async def _push_span(self, index: int) -> None:
+        layout = SpanLayout.of(self.plan.message, index)
+        chunks = list(self._own.chunks[layout.chunks.start : layout.chunks.stop])
+        proof = self._own.proof(layout.chunks)
+        if self.reducer is not None and index == self.reducer.span:
+            await self.reducer.take(self._identity.peer_id, chunks, proof)
+            return
+        header = pb.PushHeader(plan=self.plan.digest, span=index, proof=proof)
+        await self._retry(lambda: self._push_once(index, header, chunks), self.plan.message.exchange_seconds)
+
+    async def _push_once(self, index: int, header: pb.PushHeader, chunks: list[bytes]) -> None:
+        async with await self._directory.open_stream(self.plan.message.reducers[index].peer, PUSH) as stream:
+            await stream.send(header.SerializeToString())
+            for chunk in chunks:
+                await stream.send(chunk)
+            ack = parse(pb.Ack, await stream.receive(MAX_HEADER_BYTES, timeout=self.plan.message.exchange_seconds))
+            self._count(stream)
+            if not ack.accepted:
+                raise RemoteError(f"the reducer refused the push: {ack.reason[:200]}")
+
+    async def _obtain(self, index: int, seal: Opened[pb.Seal]) -> None:
+        if self.reducer is not None and index == self.reducer.span:
+            await self._keep(index, await self._reduce(self.reducer, seal))
+            return
+        layout = SpanLayout.of(self.plan.message, index)
+        first = self.plan.message.reducers[index].peer
+        others = [peer.peer for peer in self.plan.message.reducers if peer.peer not in (first, self._identity.peer_id)]
+        sources = [first, *others]
+        attempt = 0
+
+        async def fetch() -> None:
+            nonlocal attempt
+            source = sources[attempt % len(sources)]
+            attempt += 1
+            await self._keep(index, await self._fetch_span(source, index, layout, seal))
+
+        await self._retry(fetch, self.plan.message.step_seconds)
+
+    async def _reduce(self, reducer: SpanReducer, seal: Opened[pb.Seal]) -> Span:
+        if not reducer.has_all(seal.message):
+            raise RemoteError("the seal names a sender whose chunks are no longer here")
+        loop = asyncio.get_running_loop()
+        data = await loop.run_in_executor(self._worker, reducer.reduce, seal.message)
+        ref = blob_ref(data)
+        content = pb.Blob(root=ref.root, size=ref.size)
+        receipt = pb.SpanReceipt(plan=self.plan.digest, seal=seal.digest, span=reducer.span, content=content)
+        return Span(sign(self._identity, self._run_id, receipt), content, data)
+
+    async def _fetch_span(self, source: str, index: int, layout: SpanLayout, seal: Opened[pb.Seal]) -> Span:
+        async with await self._directory.open_stream(source, SPAN) as stream:
+            await stream.send(pb.SpanRequest(plan=self.plan.digest, span=index).SerializeToString())
+            signed = parse(pb.Signed, await stream.receive(MAX_RECEIPT_BYTES, self.plan.message.step_seconds))
+            receipt = open_signed(signed, self._run_id, pb.SpanReceipt, self.plan.message.reducers[index].peer).message
+            if (receipt.plan, receipt.seal, receipt.span) != (self.plan.digest, seal.digest, index):
+                raise StaleError("the receipt is for another plan, seal or span")
+            ref = BlobRef(receipt.content.root, layout.size)
+            if receipt.content.size != layout.size:
+                raise CommitmentError(f"a span of {receipt.content.size} bytes where the plan says {layout.size}")
+            pieces = [await stream.receive(ref.piece_size(piece)) for piece in range(ref.pieces)]
+            self._count(stream)
+        data = b"".join(pieces)
+        if len(data) != ref.size or blob_root(data) != ref.root:
+            raise CommitmentError("the span's bytes are not those of its receipt")
+        return Span(signed, receipt.content, data)
+
+    async def _keep(self, index: int, span: Span) -> None:
+        async with self._changed:
+            self.spans[index] = span
+            self._changed.notify_all()
+
+    async def _retry(self, action: Callable[[], Awaitable[None]], seconds: float) -> None:
+        """Repeat until it works; RemoteError with the last reason when `seconds` are up."""
+        reason = "no answer"
+        try:
+            async with asyncio.timeout(seconds):
+                while True:
+                    try:
+                        return await action()
+                    except WireError as error:
+                        reason = str(error)
+                        log.debug("exchange retries", plan=self.plan.digest.hex()[:16], reason=reason)
+                    await asyncio.sleep(RETRY_SECONDS)
+        except TimeoutError:
+            raise RemoteError(f"gave up after {seconds:.0f} s: {reason}") from None
+
+    def _count(self, stream: Stream) -> None:
+        self.bytes_sent += stream.bytes_sent
+        self.bytes_received += stream.bytes_received
+
+
+class ExchangeServer:
+    """Routes streams "push" and "span" to the attempt they name; keeps the last few attempts."""
+
+    def __init__(self) -> None:
+        self._exchanges: dict[bytes, Exchange] = {}
+        self._changed = asyncio.Condition()
+
+    async def start(self, transport: Transport) -> None:
+        """Begin to serve."""
+        await transport.serve_stream(PUSH, self._on_push)
+        await transport.serve_stream(SPAN, self._on_span)
+
+    async def add(self, exchange: Exchange) -> None:
+        """Serve an attempt, and no longer the oldest ones."""
+        async with self._changed:
+            self._exchanges[exchange.plan.digest] = exchange
+            while len(self._exchanges) > KEPT_EXCHANGES:
+                del self._exchanges[next(iter(self._exchanges))]
+            self._changed.notify_all()
+
+    async def _on_push(self, stream: Stream) -> None:
+        header = parse(pb.PushHeader, await stream.receive(MAX_HEADER_BYTES))
+        exchange = await self._find(header.plan)
+        await exchange.serve_push(stream, header)
+
+    async def _on_span(self, stream: Stream) -> None:
+        request = parse(pb.SpanRequest, await stream.receive(MAX_HEADER_BYTES))
+        exchange = await self._find(request.plan)
+        if request.span >= len(exchange.plan.message.reducers):
+            raise StaleError("no such span in that plan")
+        await exchange.serve_span(stream, request.span)
+
+    async def _find(self, plan: bytes, patience: float = 5.0) -> Exchange:
+        """The attempt of a plan; the plan itself may still be on its way to this peer."""
+        try:
+            async with asyncio.timeout(patience), self._changed:
+                await self._changed.wait_for(lambda: plan in self._exchanges)
+        except TimeoutError:
+            raise StaleError(f"no exchange for plan {plan.hex()[:16]} here") from None
+        return self._exchanges[plan]

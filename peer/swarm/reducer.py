@@ -1,0 +1,114 @@
+"""One reducer's span: take in every sender's chunks, check them, and reduce those that the seal names."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hivegrpo.peer.swarm.codecs import Codec, get_codec
+from hivegrpo.peer.swarm.rules import get_rule
+from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.checks import MAX_NORM_BYTES
+from hivegrpo.protocol.chunks import chunk_count, chunk_values
+from hivegrpo.protocol.envelope import Opened
+from hivegrpo.protocol.errors import FrameError, RosterError
+from hivegrpo.protocol.merkle import check_range, leaf_hash
+from hivegrpo.protocol.scalars import fp32_from_bits
+from hivegrpo.protocol.transport.base import Stream
+
+
+@dataclass(frozen=True, slots=True)
+class SpanLayout:
+    """Which chunks a span has and how long each is, all from the signed plan."""
+
+    chunks: range
+    values: tuple[int, ...]
+    """Values in each chunk."""
+    sizes: tuple[int, ...]
+    """Encoded bytes of each chunk."""
+
+    @classmethod
+    def of(cls, plan: pb.RoundPlan, span: int) -> "SpanLayout":
+        """Layout of span `span` of a checked plan."""
+        reducer = plan.reducers[span]
+        codec = get_codec(plan.codec)
+        chunks = range(reducer.first, reducer.first + reducer.chunks)
+        values = tuple(chunk_values(plan.values, index) for index in chunks)
+        return cls(chunks, values, tuple(codec.encoded_size(count) for count in values))
+
+    @property
+    def size(self) -> int:
+        """Encoded bytes of the whole span."""
+        return sum(self.sizes)
+
+
+class SpanReducer:
+    """Buffers one span of one plan. Memory is bounded by roster x span: nothing else is ever kept."""
+
+    def __init__(self, plan: Opened[pb.RoundPlan], span: int) -> None:
+        self.plan = plan
+        self.span = span
+        self.layout = SpanLayout.of(plan.message, span)
+        self._codec: Codec = get_codec(plan.message.codec)
+        self._roots = {contributor.peer: contributor.root for contributor in plan.message.contributors}
+        self._chunks: dict[str, list[bytes]] = {}
+        self._norms: dict[str, int] = {}
+        self._receiving: set[str] = set()
+        self.all_complete = asyncio.Event()
+
+    async def receive(self, stream: Stream, header: pb.PushHeader) -> None:
+        """Take a sender's chunks off `stream`; a WireError if anything differs from the plan or the commitment."""
+        sender = stream.remote
+        if sender not in self._roots:
+            raise RosterError(f"{sender} is not in the plan's roster")
+        if sender in self._receiving:
+            raise RosterError(f"{sender} pushes its span twice")
+        if sender in self._chunks:
+            return
+        self._receiving.add(sender)
+        try:
+            await self.take(sender, [await self._frame(stream, size) for size in self.layout.sizes], header.proof)
+        finally:
+            self._receiving.discard(sender)
+
+    async def take(self, sender: str, chunks: list[bytes], proof: Sequence[bytes]) -> None:
+        """Check a sender's chunks against its committed root and keep them."""
+        leaves = [leaf_hash(chunk) for chunk in chunks]
+        total = chunk_count(self.plan.message.values)
+        check_range(self._roots[sender], total, self.layout.chunks, leaves, proof)
+        self._norms[sender] = await asyncio.to_thread(self._norm_squared, chunks)
+        self._chunks[sender] = chunks
+        if len(self._chunks) == len(self._roots):
+            self.all_complete.set()
+
+    def report(self) -> pb.SenderReport:
+        """Who is complete, with the exact squared norm of each one's span."""
+        complete = [
+            pb.Complete(peer=peer, norm_squared=self._norms[peer].to_bytes(MAX_NORM_BYTES, "big").lstrip(b"\x00"))
+            for peer in sorted(self._chunks)
+        ]
+        return pb.SenderReport(plan=self.plan.digest, complete=complete)
+
+    def has_all(self, seal: pb.Seal) -> bool:
+        """Whether every sender that the seal names is complete here."""
+        return all(sealed.peer in self._chunks for sealed in seal.contributors)
+
+    def reduce(self, seal: pb.Seal) -> bytes:
+        """Apply the plan's rule to the sealed chunks and encode the result once: the span's bytes."""
+        rule = get_rule(self.plan.message.rule)
+        coefficients = [fp32_from_bits(sealed.coefficient) for sealed in seal.contributors]
+        parts = []
+        for index, values in enumerate(self.layout.values):
+            chunks = [self._codec.decode(self._chunks[sealed.peer][index], values) for sealed in seal.contributors]
+            parts.append(self._codec.encode(rule.reduce(chunks, coefficients)))
+        return b"".join(parts)
+
+    def _norm_squared(self, chunks: list[bytes]) -> int:
+        return sum(
+            self._codec.norm_squared(chunk, values) for chunk, values in zip(chunks, self.layout.values, strict=True)
+        )
+
+    async def _frame(self, stream: Stream, size: int) -> bytes:
+        chunk = await stream.receive(size, timeout=self.plan.message.exchange_seconds)
+        if len(chunk) != size:
+            raise FrameError(f"a chunk of {len(chunk)} bytes where the plan says {size}")
+        return chunk

@@ -1,0 +1,129 @@
+"""The versions this peer holds: its verified chain, its policy state, and what it keeps on disk to serve others.
+
+Everything kept is content-addressed: anchors by their state root, spans by theirs, both named in the manifests.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hivegrpo.peer.learn.genesis import genesis_parameters
+from hivegrpo.peer.learn.step import PolicyState, state_bytes, state_from_bytes
+from hivegrpo.peer.swarm.replay import replay
+from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.blobs import BlobRef, blob_root
+from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.chain import Entry
+from hivegrpo.protocol.chainfile import ChainFile
+from hivegrpo.protocol.config import RunConfig
+from hivegrpo.protocol.errors import ChainError
+from hivegrpo.protocol.files import write_whole
+
+KEPT_ANCHORS = 2
+"""Anchors kept on disk beside version 0, which is made from the seed."""
+
+
+def ref_of(blob: pb.Blob) -> BlobRef:
+    """A blob as the store and the network name it."""
+    return BlobRef(blob.root, blob.size)
+
+
+class Versions:
+    """Chain and state. `version` is the state's; it lags behind `chain.height` only while synchronising."""
+
+    def __init__(self, home: Path, chainfile: ChainFile, store: BlobStore, config: RunConfig) -> None:
+        self.chain = chainfile.chain
+        self.store = store
+        self._home = home
+        self._chainfile = chainfile
+        self._config = config
+        self._layout = [(tensor.name, tuple(tensor.shape)) for tensor in self.chain.manifest.message.layout]
+        self.state: PolicyState = PolicyState.initial(genesis_parameters(self._layout, config.run.seed))
+        self.version = 0
+        self.state_root = blob_root(state_bytes(self.state))
+        self._restore()
+
+    @property
+    def values(self) -> int:
+        """Length of the vector of trainable parameters."""
+        return int(self.state.parameters.numel())
+
+    def shadow(self, plan: pb.RoundPlan, spans: Sequence[bytes]) -> tuple[PolicyState, bytes]:
+        """The state after the plan's step, beside the current one, and its root. Runs on the worker thread."""
+        shadow = replay(self.state, plan, spans)
+        return shadow, blob_root(state_bytes(shadow))
+
+    def extend(self, message: pb.ChainEntry) -> Entry:
+        """Verify the next entry of the chain and write it; the state follows by `adopt` or `load_anchor`."""
+        return self._chainfile.append(message)
+
+    def adopt(self, version: int, shadow: PolicyState, root: bytes, spans: Sequence[bytes]) -> None:
+        """Make `shadow` the current state, if the chain says that it is `version`; ChainError if its root differs.
+
+        The spans, and the state if it is an anchor, are on disk before this returns.
+        """
+        manifest = self.chain.entries[version].manifest.message
+        if root != manifest.state.root:
+            self._keep_evidence(version, root)
+            raise ChainError(
+                f"Version {version} was signed with state root {manifest.state.root.hex()[:16]}, but its sealed bytes "
+                f"give {root.hex()[:16]} on this machine.",
+                f"This peer refuses the version. The evidence is in {self._home / 'evidence'}; report it to the run.",
+            )
+        for span in spans:
+            self.store.add_bytes(span)
+        self.state, self.version, self.state_root = shadow, version, root
+        if version > 0 and self.is_anchor(version):
+            self.store.add_bytes(state_bytes(shadow))
+        self._prune()
+
+    def load_anchor(self, version: int) -> None:
+        """Take the state from an anchor in the store."""
+        ref = ref_of(self.chain.entries[version].manifest.message.state)
+        state = state_from_bytes(self.store.read(ref), self.values)
+        self.adopt(version, state, blob_root(state_bytes(state)), ())
+
+    def is_anchor(self, version: int) -> bool:
+        """Whether peers keep the whole state of that version."""
+        return version % self._config.distribution.anchor_every == 0 or version == self._config.run.versions
+
+    def newest_anchor(self) -> int:
+        """The newest anchor in the chain; version 0 counts as one."""
+        return next(version for version in range(max(self.chain.height, 0), -1, -1) if self.is_anchor(version))
+
+    def span_refs(self, version: int) -> list[BlobRef]:
+        """The spans that lead from the version before to this one."""
+        return [ref_of(span) for span in self.chain.entries[version].manifest.message.spans]
+
+    def replay_next(self) -> None:
+        """Advance by one version from spans in the store."""
+        version = self.version + 1
+        entry = self.chain.entries[version]
+        assert entry.plan is not None
+        spans = [self.store.read(ref) for ref in self.span_refs(version)]
+        shadow, root = self.shadow(entry.plan.message, spans)
+        self.adopt(version, shadow, root, ())
+
+    def _restore(self) -> None:
+        """The newest state that this home's own files give."""
+        for version in range(self.chain.height, 0, -1):
+            if self.store.has(ref_of(self.chain.entries[version].manifest.message.state)):
+                self.load_anchor(version)
+                break
+        while self.version < self.chain.height and all(map(self.store.has, self.span_refs(self.version + 1))):
+            self.replay_next()
+
+    def _prune(self) -> None:
+        """Forget spans beyond `keep_versions` and anchors beyond the newest few."""
+        entries = self.chain.entries
+        old = self.version - self._config.distribution.keep_versions
+        if 0 < old < len(entries):
+            for ref in self.span_refs(old):
+                self.store.remove(ref.root)
+        anchors = [version for version in range(1, self.version + 1) if self.is_anchor(version)]
+        for version in anchors[:-KEPT_ANCHORS]:
+            self.store.remove(entries[version].manifest.message.state.root)
+
+    def _keep_evidence(self, version: int, root: bytes) -> None:
+        folder = self._home / "evidence"
+        write_whole(folder / f"{version:08d}.entry", self.chain.entry(version).SerializeToString())
+        write_whole(folder / f"{version:08d}.root", root.hex().encode())

@@ -1,0 +1,343 @@
+"""One peer at work: it reacts to the newest signed facts, one task at a time.
+
+Whatever is current after a crash, a reconnect or a new attempt leads to the right next task, since tasks are
+chosen from what is known and held, not from what was done before.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import structlog
+from torch import Tensor
+
+from hivegrpo.peer.floats import NonFiniteError
+from hivegrpo.peer.learn.cancel import Cancelled
+from hivegrpo.peer.learn.evaluation import Evaluation
+from hivegrpo.peer.learn.learner import LearnedContribution
+from hivegrpo.peer.learn.step import PolicyState
+from hivegrpo.peer.swarm.codecs import get_codec
+from hivegrpo.peer.swarm.contribution import ContributionStore, EncodedVector
+from hivegrpo.peer.swarm.directory import Directory
+from hivegrpo.peer.swarm.exchange import Exchange, ExchangeServer
+from hivegrpo.peer.swarm.session import Session
+from hivegrpo.peer.swarm.sync import Synchroniser
+from hivegrpo.peer.swarm.versions import Versions
+from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.config import RunConfig
+from hivegrpo.protocol.envelope import Opened
+from hivegrpo.protocol.errors import WireError
+from hivegrpo.protocol.history import History
+from hivegrpo.protocol.identity import Identity
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+
+class Learns(Protocol):
+    """What a volunteer asks of the learning side (`peer.learn.learner`); all but `policy` runs on the worker thread."""
+
+    def load(self, vector: Tensor) -> None:
+        """Take over the parameters of a version."""
+
+    def contribute(self, lease: int, start: int, count: int, cancelled: threading.Event) -> LearnedContribution:
+        """Sample, score and differentiate; raises Cancelled soon after the event is set."""
+
+    def evaluate(self, cancelled: threading.Event) -> Evaluation:
+        """Accuracy on the held-out rows."""
+
+
+Task = Callable[[], Awaitable[None]]
+EMPTY_ROOT = bytes(32)
+
+
+class Volunteer:
+    """Takes leases, learns, averages, steps and commits, until the run is finished or it is told to leave."""
+
+    def __init__(
+        self,
+        *,
+        config: RunConfig,
+        identity: Identity,
+        session: Session,
+        versions: Versions,
+        synchroniser: Synchroniser,
+        exchanges: ExchangeServer,
+        directory: Directory,
+        contributions: ContributionStore,
+        learner: Learns,
+        worker: Executor,
+        history: History,
+    ) -> None:
+        self.state = "joining"
+        self.metrics: dict[str, float] = {}
+        self._config = config
+        self._identity = identity
+        self._session = session
+        self._versions = versions
+        self._synchroniser = synchroniser
+        self._exchanges = exchanges
+        self._directory = directory
+        self._contributions = contributions
+        self._learner = learner
+        self._worker = worker
+        self._history = history
+        self._leaving = False
+        self._done_lease = 0
+        self._done_plan = b""
+        self._said_ready: tuple[int, int] | None = None
+        self._shadow: tuple[bytes, PolicyState, bytes, list[bytes]] | None = None
+        self._owes_version = 0
+
+    async def work(self) -> None:
+        """Until the run is finished or `leave` was called, and nothing is owed to a round in flight."""
+        while True:
+            task = await self._session.wait(self._next)
+            if task == self._rest:
+                return
+            await task()
+
+    async def leave(self) -> None:
+        """Take no new lease; finish the round that already counts on this peer's contribution."""
+        self._leaving = True
+        self.state = "draining"
+        await self._session.touch()
+
+    def _next(self) -> Task | None:
+        """The most urgent thing to do, from what is known now."""
+        session, height = self._session, self._versions.chain.height
+        if session.head is not None and session.head.message.version > height:
+            return partial(self._take_head, session.head)
+        plan = session.plan
+        if plan is not None and plan.message.version == height + 1 and plan.digest != self._done_plan:
+            own = self._own_contribution(plan.message)
+            if own is not None:
+                return partial(self._attempt, plan, own)
+        if session.finished or (self._leaving and self._owes_version <= height):
+            return self._rest
+        if not session.connected or self._leaving:
+            return None
+        lease = session.lease
+        if lease is not None and lease.message.version == height and lease.message.id > self._done_lease:
+            return partial(self._contribute, lease.message)
+        if self._said_ready != (height, session.joins):
+            return self._say_ready
+        return None
+
+    async def _rest(self) -> None:
+        """Nothing more to do."""
+
+    async def _say_ready(self) -> None:
+        """Tell the coordinator which version is held; for version 0 this is the vote."""
+        place = (self._versions.chain.height, self._session.joins)
+        ready = pb.Ready(version=self._versions.version, state_root=self._versions.state_root)
+        ack = await self._session.report(ready, lambda: place == (self._versions.chain.height, self._session.joins))
+        self._said_ready = place
+        self.state = "online"
+        if ack is not None and not ack.accepted:
+            log.debug("not ready after all", reason=ack.reason)
+
+    async def _contribute(self, lease: pb.Lease) -> None:
+        """Rollout and gradient under the lease, then the commitment to it (steps 2 to 4 of a round)."""
+        learned = await self._learn(lease)
+        self._done_lease = lease.id
+        if learned is None:
+            self._said_ready = None
+            return
+        contribution, encoded = learned
+        self._history.record("contribution", lease=lease.id, version=lease.version, root=contribution.root)
+        ack = await self._session.report(contribution, lambda: self._versions.chain.height == lease.version)
+        if ack is None:
+            return
+        if ack.accepted:
+            self._owes_version = lease.version + 1 if encoded is not None else self._owes_version
+            self._history.record("contribution_acked", lease=lease.id, version=lease.version, root=contribution.root)
+        else:
+            log.warning("a contribution was not taken", lease=lease.id, reason=ack.reason)
+            self._said_ready = None
+
+    async def _attempt(self, plan: Opened[pb.RoundPlan], own: EncodedVector) -> None:
+        """Exchange, seal, reduce, step and vote (steps 6 to 9 of a round), unless a newer fact makes it pointless."""
+        self._done_plan = plan.digest
+        try:
+            await self._unless(lambda: self._is_over(plan), self._average(plan, own))
+        except (WireError, NonFiniteError) as error:
+            place = f"{plan.message.version}.{plan.message.attempt}"
+            log.warning("an attempt failed", attempt=place, reason=str(error))
+
+    async def _average(self, plan: Opened[pb.RoundPlan], own: EncodedVector) -> None:
+        start = time.perf_counter()
+        exchange = Exchange(
+            plan,
+            own,
+            identity=self._identity,
+            run_id=self._versions.chain.run_id,
+            directory=self._directory,
+            worker=self._worker,
+        )
+        await self._exchanges.add(exchange)
+        pushing = asyncio.create_task(exchange.push())
+        try:
+            report = await exchange.gather()
+            if report is not None:
+                await self._session.report(report, lambda: True)
+            seal = await self._session.wait(lambda: self._seal_of(plan))
+        finally:
+            await _end(pushing)
+        collected = await exchange.collect(seal)
+        spans = [span.data for span in collected]
+        averaged = time.perf_counter()
+        shadow, root = await self._on_worker(self._versions.shadow, plan.message, spans)
+        self._shadow = (plan.digest, shadow, root, spans)
+        vote = pb.StepReport(
+            version=plan.message.version,
+            plan=plan.digest,
+            seal=seal.digest,
+            spans=[span.content for span in collected],
+            state_root=root,
+            metrics={
+                "seconds/exchange": averaged - start,
+                "seconds/step": time.perf_counter() - averaged,
+                "bytes_sent": exchange.bytes_sent,
+                "bytes_received": exchange.bytes_received,
+            },
+        )
+        self._history.record("vote", version=plan.message.version, plan=plan.digest, state_root=root)
+        await self._session.report(vote, lambda: True)
+
+    async def _take_head(self, head: Opened[pb.VersionManifest]) -> None:
+        """Swap the shadow in if it is what was committed; otherwise catch up (step 10 of a round)."""
+        versions, session, version = self._versions, self._session, head.message.version
+        shadow, self._shadow = self._shadow, None
+        follows = version == versions.chain.height + 1
+        if follows and version == 0:
+            versions.extend(pb.ChainEntry(manifest=head.signed))
+            versions.adopt(0, versions.state, versions.state_root, ())
+        elif follows and shadow and shadow[0] == head.message.plan and shadow[2] == head.message.state.root:
+            assert session.plan is not None
+            assert session.seal is not None
+            entry = pb.ChainEntry(manifest=head.signed, plan=session.plan.signed, seal=session.seal.signed)
+            versions.extend(entry)
+            await self._on_worker(versions.adopt, version, shadow[1], shadow[2], shadow[3])
+        else:
+            if shadow and shadow[0] == head.message.plan:
+                log.error("this machine's step gave another root; replaying from the sealed bytes", version=version)
+            await self._synchronise()
+        self._history.record(
+            "version",
+            version=versions.version,
+            state_root=versions.state_root,
+            manifest=versions.chain.entries[versions.version].manifest.digest,
+        )
+
+    async def _synchronise(self) -> None:
+        state, self.state = self.state, "joining"
+        try:
+            await self._synchroniser.run()
+        except WireError as error:
+            log.warning("could not catch up; trying again", reason=str(error))
+            await asyncio.sleep(1.0)
+        self.state = state
+
+    async def _learn(self, lease: pb.Lease) -> tuple[pb.Contribution, EncodedVector | None] | None:
+        """What the lease yields; None if it expired or a newer version came in the meantime."""
+        parameters = self._versions.state.parameters
+        deadline = asyncio.get_running_loop().time() + lease.seconds
+
+        def over() -> bool | None:
+            height = self._versions.chain.height
+            head = self._session.head.message.version if self._session.head else height
+            return True if self._leaving or head > lease.version else None
+
+        cancelled = threading.Event()
+        loop = asyncio.get_running_loop()
+        work = loop.run_in_executor(self._worker, self._learn_now, lease, parameters, cancelled)
+        watch = asyncio.create_task(self._session.wait(over))
+        try:
+            running: set[asyncio.Future[Any]] = {work, watch}
+            await asyncio.wait(running, timeout=deadline - loop.time(), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            cancelled.set()
+            await _end(watch)
+        try:
+            return await work
+        except Cancelled:
+            log.info("stopped working on a lease", lease=lease.id)
+            return None
+
+    def _learn_now(
+        self, lease: pb.Lease, parameters: Tensor, cancelled: threading.Event
+    ) -> tuple[pb.Contribution, EncodedVector | None]:
+        """On the worker thread: the contribution and, unless it is empty, its vector, which is on disk by then."""
+        self._learner.load(parameters)
+        metrics: dict[str, float] = {}
+        if lease.evaluate:
+            metrics["eval/accuracy"] = self._learner.evaluate(cancelled).accuracy
+        learned = self._learner.contribute(lease.id, lease.start, lease.count, cancelled)
+        metrics |= learned.metrics | {f"seconds/{name}": seconds for name, seconds in learned.seconds.items()}
+        self.metrics = {"tokens_per_second": learned.num_tokens / max(sum(learned.seconds.values()), 1e-9)}
+        try:
+            encoded = EncodedVector.encode(get_codec(self._config.averaging.codec), learned.vector)
+        except NonFiniteError as error:
+            log.error("a gradient is not finite; its prompts are dropped", lease=lease.id, reason=str(error))
+            return pb.Contribution(
+                lease=lease.id, version=lease.version, dropped=range(lease.count), root=EMPTY_ROOT
+            ), None
+        contribution = pb.Contribution(
+            lease=lease.id,
+            version=lease.version,
+            used=learned.used,
+            dropped=learned.dropped,
+            returned=learned.returned,
+            weight=learned.weight,
+            root=encoded.root,
+            metrics=metrics,
+        )
+        if learned.weight == 0:
+            return contribution, None
+        self._contributions.add(lease.version, encoded)
+        return contribution, encoded
+
+    def _own_contribution(self, plan: pb.RoundPlan) -> EncodedVector | None:
+        """What this peer committed to in a plan, from memory or disk."""
+        for contributor in plan.contributors:
+            if contributor.peer == self._identity.peer_id:
+                return self._contributions.find(contributor.root)
+        return None
+
+    def _seal_of(self, plan: Opened[pb.RoundPlan]) -> Opened[pb.Seal] | None:
+        seal = self._session.seal
+        return seal if seal is not None and seal.message.plan == plan.digest else None
+
+    def _is_over(self, plan: Opened[pb.RoundPlan]) -> bool | None:
+        """Whether a newer attempt or a committed version has overtaken this plan."""
+        session = self._session
+        newer_plan = session.plan is not None and session.plan.digest != plan.digest
+        committed = session.head is not None and session.head.message.version >= plan.message.version
+        return True if newer_plan or committed else None
+
+    async def _unless(self, over: Callable[[], bool | None], work: Awaitable[None]) -> None:
+        """Run `work`, and cancel it once `over` holds."""
+        task = asyncio.ensure_future(work)
+        watch = asyncio.create_task(self._session.wait(over))
+        try:
+            await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                task.result()
+        finally:
+            await _end(task)
+            await _end(watch)
+
+    async def _on_worker(self, function: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
+
+
+async def _end(task: asyncio.Future[Any]) -> None:
+    """Cancel a task if it still runs, wait until it has ended, and have its exception seen."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
