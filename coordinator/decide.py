@@ -1,0 +1,229 @@
+"""What should happen now: a pure function of the state and the time.
+
+The answer also says when to ask again if nothing else happens, so that nobody has to poll.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from hivegrpo.coordinator import events as ev
+from hivegrpo.coordinator.planning import (
+    genesis_payload,
+    incomplete_at,
+    lease_payload,
+    manifest_payload,
+    plan_payload,
+    seal_payload,
+    wants_evaluation,
+)
+from hivegrpo.coordinator.round import EXTRA_SECONDS, LAST_VOTES_SECONDS, Attempt
+from hivegrpo.coordinator.state import Phase, State
+from hivegrpo.protocol.checks import MAX_ROSTER
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Events that are due, or none and the time when the next one could be."""
+
+    events: tuple[ev.Event, ...] = ()
+    wake: float | None = None
+    """None: nothing will be due before something is reported."""
+
+
+def decide(state: State, now: float) -> Decision:
+    """Events to apply now. Ask again after applying them, until there are none."""
+    match state.phase:
+        case Phase.GENESIS:
+            return _genesis(state, now)
+        case Phase.ROLLOUT:
+            return _rollout(state, now)
+        case Phase.PLAN:
+            return _plan(state, now)
+        case Phase.EXCHANGE:
+            return _exchange(state, _current(state), now)
+        case Phase.STEP:
+            return _step(state, _current(state), now)
+        case Phase.FINISHED:
+            return Decision()
+
+
+def _current(state: State) -> Attempt:
+    assert state.round.attempt is not None
+    return state.round.attempt
+
+
+def _genesis(state: State, now: float) -> Decision:
+    if len(state.idle) < state.terms.config.run.start_peers:
+        return Decision()
+    tally: dict[bytes, int] = {}
+    for peer in state.idle:
+        root = state.members[peer].ready_root
+        tally[root] = tally.get(root, 0) + 1
+    root, votes = max(tally.items(), key=lambda item: item[1])
+    if 3 * votes < 2 * len(state.idle):
+        return Decision()
+    return Decision((ev.VersionCommitted(now, genesis_payload(state, root)),))
+
+
+def _rollout(state: State, now: float) -> Decision:
+    expired = tuple(_expiries(state, now))
+    if expired:
+        return Decision(expired)
+    timing, current = state.terms.config.timing, state.round
+    deadline = None if current.rollout_at is None else current.rollout_at + timing.lease
+    late = bool(current.contributions) and deadline is not None and now >= deadline
+    if not late:
+        grants = tuple(_grants(state, now))
+        if grants:
+            return Decision(grants)
+    if current.contributions and (late or not state.leases):
+        unfinished = [ev.LeaseExpired(now, lease, "the round was planned without it") for lease in state.leases]
+        reason = "the deadline has passed" if late else "nothing more is expected"
+        return Decision((*unfinished, ev.RolloutClosed(now, current.version, reason)))
+    if current.empties and not state.leases and not current.contributions:
+        return Decision((ev.RoundEmpty(now, current.version),))
+    return Decision(wake=min(_rollout_timers(state, deadline, now), default=None))
+
+
+def _expiries(state: State, now: float) -> Iterator[ev.LeaseExpired]:
+    timing = state.terms.config.timing
+    ended = set()
+    for lease_id, lease in state.leases.items():
+        if now < lease.at + timing.lease:
+            break
+        ended.add(lease_id)
+        yield ev.LeaseExpired(now, lease_id, f"no contribution within {timing.lease:.0f} s")
+    for peer, since in state.round.absent.items():
+        if now < since + timing.grace:
+            break
+        held = state.members[peer].lease
+        if held is not None and held not in ended:
+            yield ev.LeaseExpired(now, held, "its peer left" if state.members[peer].left else "its peer was lost")
+
+
+def _rollout_timers(state: State, deadline: float | None, now: float) -> Iterator[float]:
+    timing, current = state.terms.config.timing, state.round
+    if current.contributions and deadline is not None:
+        yield deadline
+    for lease in state.leases.values():
+        yield lease.at + timing.lease
+        break
+    for since in current.absent.values():
+        if since + timing.grace > now:
+            yield since + timing.grace
+            break
+
+
+def _grants(state: State, now: float) -> Iterator[ev.LeaseGranted]:
+    """Leases for the idle: each gets an even share, among the peers that have none yet, of what is left to lease."""
+    config, current = state.terms.config, state.round
+    remaining = config.grpo.prompts_per_round - current.leased - current.spent
+    waiting = len(state.unserved)
+    room = MAX_ROSTER - len(current.served)
+    if remaining <= 0 or not state.idle or room <= 0:
+        return
+    book = state.positions.copy()
+    evaluate = wants_evaluation(state.version, config) and not current.evaluating
+    for lease_id, peer in enumerate(state.idle, start=state.next_lease):
+        run = book.pick(-(-remaining // waiting))
+        book.take(run)
+        yield ev.LeaseGranted(now, lease_payload(state, lease_id, peer, run, evaluate=evaluate))
+        evaluate = False
+        remaining -= len(run)
+        waiting -= 1
+        room -= 1
+        if remaining <= 0 or room <= 0:
+            return
+
+
+def _plan(state: State, now: float) -> Decision:
+    timing, current = state.terms.config.timing, state.round
+    patience = current.closed_at + timing.grace
+    if current.tries >= timing.max_attempts:
+        return _abandon(state, now, f"no version after {current.tries} attempts; the last: {state.trouble}")
+    away = [peer for peer in current.absent if peer in current.contributions]
+    back_by = min(patience, max((current.absent[peer] + timing.grace for peer in away), default=now))
+    if now < back_by:
+        return Decision(wake=back_by)
+    if away:
+        return Decision(tuple(_rejections(state, away, now, "peer lost")))
+    if not current.contributions:
+        return _abandon(state, now, "every contributor was lost")
+    payload = plan_payload(state, list(current.contributions))
+    if payload is not None:
+        return Decision((ev.PlanMade(now, payload),))
+    if now < patience:
+        return Decision(wake=patience)
+    return _abandon(state, now, "no contributor gave an address at which it can be dialled as a reducer")
+
+
+def _exchange(state: State, attempt: Attempt, now: float) -> Decision:
+    timing = state.terms.config.timing
+    missing = [reducer.peer for reducer in attempt.plan.reducers if reducer.peer not in attempt.reports]
+    if not missing:
+        payload = seal_payload(attempt)
+        if payload is not None:
+            return Decision((ev.SealMade(now, payload),))
+        return _fail(state, now, "no contributor was complete at every reducer")
+    deadline = attempt.planned_at + attempt.plan.exchange_seconds + EXTRA_SECONDS
+    if now >= deadline:
+        lost = _rejections(state, missing, now, "as a reducer, it did not report in time")
+        return Decision((*lost, *_fail(state, now, f"no report from reducers {', '.join(missing)}").events))
+    limits = {peer: state.round.absent[peer] + timing.grace for peer in missing if peer in state.round.absent}
+    gone = [peer for peer, limit in limits.items() if now >= limit]
+    if gone:
+        return _fail(state, now, f"lost reducers {', '.join(gone)} during the exchange")
+    return Decision(wake=min([deadline, *limits.values()]))
+
+
+def _step(state: State, attempt: Attempt, now: float) -> Decision:
+    timing = state.terms.config.timing
+    absent = {peer: since + timing.grace for peer, since in state.round.absent.items() if peer in attempt.roster}
+    away = {peer: limit for peer, limit in absent.items() if peer not in attempt.votes}
+    if attempt.quorum_at is not None:
+        last = attempt.quorum_at + LAST_VOTES_SECONDS
+        if len(attempt.votes) + len(away) >= len(attempt.roster) or now >= last:
+            return Decision(tuple(_commit(state, attempt, now)))
+        return Decision(wake=last)
+    leading = max(attempt.tally.values(), default=0)
+    open_votes = len(attempt.roster) - len(attempt.votes)
+    gone = sum(1 for limit in away.values() if now >= limit)
+    if leading + open_votes < attempt.quorum:
+        return _fail(state, now, f"the votes disagree: {len(attempt.tally)} different results")
+    if leading + open_votes - gone < attempt.quorum:
+        return _fail(state, now, "too few of the roster are left for a quorum")
+    reducers = {reducer.peer for reducer in attempt.plan.reducers}
+    lost = [peer for peer, limit in away.items() if peer in reducers and now >= limit]
+    if lost and not attempt.votes:
+        return _fail(state, now, f"lost reducers {', '.join(lost)} before anyone had all spans")
+    deadline = attempt.sealed_at + attempt.plan.step_seconds + EXTRA_SECONDS
+    if now >= deadline:
+        return _fail(state, now, f"{len(attempt.votes)} of {len(attempt.roster)} votes within the step's time")
+    return Decision(wake=min([deadline, *(limit for limit in away.values() if limit > now)]))
+
+
+def _commit(state: State, attempt: Attempt, now: float) -> Iterator[ev.Event]:
+    ballot = attempt.winner()
+    assert ballot is not None
+    assert attempt.seal is not None
+    payload = manifest_payload(state, ballot)
+    sealed = {contributor.peer for contributor in attempt.seal.contributors}
+    for contributor in attempt.plan.contributors:
+        if contributor.peer not in sealed:
+            reason = f"incomplete at reducer {incomplete_at(attempt, contributor.peer)}"
+            yield ev.ContributionRejected(now, contributor.peer, contributor.lease, reason)
+    yield ev.VersionCommitted(now, payload)
+
+
+def _fail(state: State, now: float, reason: str) -> Decision:
+    return Decision((ev.AttemptFailed(now, state.round.version, state.round.attempts, reason),))
+
+
+def _abandon(state: State, now: float, reason: str) -> Decision:
+    rejected = _rejections(state, list(state.round.contributions), now, reason)
+    return Decision((*rejected, ev.RoundAbandoned(now, state.round.version, reason)))
+
+
+def _rejections(state: State, peers: list[str], now: float, reason: str) -> Iterator[ev.ContributionRejected]:
+    for peer in peers:
+        yield ev.ContributionRejected(now, peer, state.round.contributions[peer].message.lease, reason)

@@ -1,0 +1,210 @@
+"""What happened, in the order in which it was decided: the coordinator's whole memory is the sequence of these.
+
+What the coordinator signs is kept as payload bytes: Ed25519 is deterministic, so the envelope is made again whenever
+it is sent. What peers reported is kept as the signed envelope's bytes: it is evidence.
+"""
+
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from pydantic import ConfigDict, TypeAdapter
+
+
+class _Stored:
+    """How events are written: JSON, bytes as base64."""
+
+    __slots__ = ()
+    __pydantic_config__ = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", extra="forbid")
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorStarted(_Stored):
+    """Nobody is connected, and what was timed is timed anew."""
+
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class PeerJoined(_Stored):
+    """A peer was admitted, for the first time or again."""
+
+    at: float
+    peer: str
+    addresses: tuple[str, ...]
+    agent: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerDisconnected(_Stored):
+    """Its session ended; it keeps its place for the grace."""
+
+    at: float
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLeft(_Stored):
+    """It said goodbye; its place is free at once."""
+
+    at: float
+    peer: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerReady(_Stored):
+    """A peer says that it holds this version."""
+
+    at: float
+    peer: str
+    version: int
+    state_root: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseGranted(_Stored):
+    """`payload` is a Lease."""
+
+    at: float
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseExpired(_Stored):
+    """Without a contribution: its positions go back."""
+
+    at: float
+    lease: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ContributionReceived(_Stored):
+    """`signed` is an envelope of a Contribution that passed all checks."""
+
+    at: float
+    signed: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ContributionRejected(_Stored):
+    """A contribution that was received will not count; the positions it used go back."""
+
+    at: float
+    peer: str
+    lease: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutClosed(_Stored):
+    """The round takes no more contributions and is planned."""
+
+    at: float
+    version: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlanMade(_Stored):
+    """`payload` is a RoundPlan."""
+
+    at: float
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SendersReported(_Stored):
+    """`signed` is an envelope of a SenderReport of the current plan."""
+
+    at: float
+    signed: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SealMade(_Stored):
+    """`payload` is a Seal."""
+
+    at: float
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StepReported(_Stored):
+    """`signed` is an envelope of a StepReport: a vote of the current attempt, or a late one of the last version."""
+
+    at: float
+    signed: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptFailed(_Stored):
+    """The next attempt is planned from the same contributions."""
+
+    at: float
+    version: int
+    attempt: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoundAbandoned(_Stored):
+    """All its contributions were rejected; the rollout begins again at the same version."""
+
+    at: float
+    version: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoundEmpty(_Stored):
+    """No contribution had anything to learn from; the rollout begins again at the same version."""
+
+    at: float
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class VersionCommitted(_Stored):
+    """`payload` is a VersionManifest."""
+
+    at: float
+    payload: bytes
+
+
+Event = (
+    CoordinatorStarted
+    | PeerJoined
+    | PeerDisconnected
+    | PeerLeft
+    | PeerReady
+    | LeaseGranted
+    | LeaseExpired
+    | ContributionReceived
+    | ContributionRejected
+    | RolloutClosed
+    | PlanMade
+    | SendersReported
+    | SealMade
+    | StepReported
+    | AttemptFailed
+    | RoundAbandoned
+    | RoundEmpty
+    | VersionCommitted
+)
+
+_ADAPTERS: dict[str, TypeAdapter[Any]] = {kind.__name__: TypeAdapter(kind) for kind in get_args(Event)}
+
+
+def encode_event(event: Event) -> tuple[str, bytes]:
+    """Name of the event's class, and its fields as JSON."""
+    name = type(event).__name__
+    return name, _ADAPTERS[name].dump_json(event)
+
+
+def decode_event(name: str, body: bytes) -> Event:
+    """Inverse of `encode_event`; ValueError (of which pydantic's ValidationError is one) if there is no such event."""
+    if name not in _ADAPTERS:
+        raise ValueError(f"no event is called {name!r}")
+    event: Event = _ADAPTERS[name].validate_json(body)
+    return event

@@ -1,0 +1,165 @@
+"""The event log as plain records, for people and for `protocol.invariants`: digests in hex, payloads as fields."""
+
+from collections.abc import Iterator
+from typing import Any, assert_never
+
+from hivegrpo.coordinator import events as ev
+from hivegrpo.coordinator.log import EventLog
+from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.envelope import digest_of, parse
+from hivegrpo.protocol.history import Record
+
+
+def read_records(log: EventLog) -> Iterator[Record]:
+    """First {"kind": "run", "run_id"}, then one record an event, oldest first."""
+    yield {"kind": "run", "run_id": log.run_id}
+    for event in log.replay():
+        kind, record = _describe(event)
+        yield {"kind": kind, "at": event.at, **record}
+
+
+def _describe(event: ev.Event) -> tuple[str, Record]:
+    match event:
+        case ev.CoordinatorStarted():
+            return "started", {}
+        case ev.PeerJoined(peer=peer, addresses=addresses, agent=agent):
+            return "joined", {"peer": peer, "addresses": list(addresses), "agent": agent}
+        case ev.PeerDisconnected(peer=peer):
+            return "disconnected", {"peer": peer}
+        case ev.PeerLeft(peer=peer, reason=reason):
+            return "left", {"peer": peer, "reason": reason}
+        case ev.PeerReady(peer=peer, version=version, state_root=root):
+            return "ready", {"peer": peer, "version": version, "state_root": root.hex()}
+        case ev.LeaseGranted(payload=payload):
+            return "lease", _lease(parse(pb.Lease, payload))
+        case ev.LeaseExpired(lease=lease, reason=reason):
+            return "lease_expired", {"lease": lease, "reason": reason}
+        case ev.ContributionReceived(signed=signed):
+            return "contribution", _contribution(parse(pb.Signed, signed))
+        case ev.ContributionRejected(peer=peer, lease=lease, reason=reason):
+            return "contribution_rejected", {"peer": peer, "lease": lease, "reason": reason}
+        case ev.RolloutClosed(version=version, reason=reason):
+            return "rollout_closed", {"version": version, "reason": reason}
+        case ev.PlanMade(payload=payload):
+            return "plan", _plan(payload)
+        case ev.SendersReported(signed=signed):
+            return "senders", _senders(parse(pb.Signed, signed))
+        case ev.SealMade(payload=payload):
+            return "seal", _seal(payload)
+        case ev.StepReported(signed=signed):
+            return "vote", _vote(parse(pb.Signed, signed))
+        case ev.AttemptFailed(version=version, attempt=attempt, reason=reason):
+            return "attempt_failed", {"version": version, "attempt": attempt, "reason": reason}
+        case ev.RoundAbandoned(version=version, reason=reason):
+            return "round_abandoned", {"version": version, "reason": reason}
+        case ev.RoundEmpty(version=version):
+            return "round_empty", {"version": version}
+        case ev.VersionCommitted(payload=payload):
+            return "version", _version(payload)
+        case _:
+            assert_never(event)
+
+
+def _lease(lease: pb.Lease) -> Record:
+    return {
+        "lease": lease.id,
+        "peer": lease.peer,
+        "version": lease.version,
+        "start": lease.start,
+        "count": lease.count,
+        "max_weight": lease.max_weight,
+        "evaluate": lease.evaluate,
+    }
+
+
+def _contribution(signed: pb.Signed) -> Record:
+    contribution = parse(pb.Contribution, signed.payload)
+    return {
+        "peer": signed.signer,
+        "lease": contribution.lease,
+        "version": contribution.version,
+        "used": list(contribution.used),
+        "dropped": list(contribution.dropped),
+        "returned": list(contribution.returned),
+        "weight": contribution.weight,
+        "root": contribution.root.hex(),
+        "metrics": dict(contribution.metrics),
+    }
+
+
+def _plan(payload: bytes) -> Record:
+    plan = parse(pb.RoundPlan, payload)
+    return {
+        "digest": digest_of(payload).hex(),
+        "version": plan.version,
+        "parent": plan.parent.hex(),
+        "attempt": plan.attempt,
+        "codec": plan.codec,
+        "rule": plan.rule,
+        "values": plan.values,
+        "contributors": [_contributor(contributor) for contributor in plan.contributors],
+        "reducers": [
+            {"peer": reducer.peer, "first": reducer.first, "chunks": reducer.chunks} for reducer in plan.reducers
+        ],
+        "scalars": list(plan.scalars),
+    }
+
+
+def _senders(signed: pb.Signed) -> Record:
+    report = parse(pb.SenderReport, signed.payload)
+    return {
+        "peer": signed.signer,
+        "plan": report.plan.hex(),
+        "complete": [complete.peer for complete in report.complete],
+    }
+
+
+def _seal(payload: bytes) -> Record:
+    seal = parse(pb.Seal, payload)
+    return {
+        "digest": digest_of(payload).hex(),
+        "plan": seal.plan.hex(),
+        "contributors": [{"peer": sealed.peer, "coefficient": sealed.coefficient} for sealed in seal.contributors],
+    }
+
+
+def _vote(signed: pb.Signed) -> Record:
+    report = parse(pb.StepReport, signed.payload)
+    return {
+        "peer": signed.signer,
+        "version": report.version,
+        "plan": report.plan.hex(),
+        "seal": report.seal.hex(),
+        "state_root": report.state_root.hex(),
+        "spans": [_blob(span) for span in report.spans],
+        "metrics": dict(report.metrics),
+    }
+
+
+def _version(payload: bytes) -> Record:
+    manifest = parse(pb.VersionManifest, payload)
+    return {
+        "digest": digest_of(payload).hex(),
+        "version": manifest.version,
+        "parent": manifest.parent.hex(),
+        "plan": manifest.plan.hex(),
+        "seal": manifest.seal.hex(),
+        "spans": [_blob(span) for span in manifest.spans],
+        "state_root": manifest.state.root.hex(),
+        "state_size": manifest.state.size,
+        "contributors": [_contributor(contributor) for contributor in manifest.contributors],
+        "metrics": dict(manifest.metrics),
+    }
+
+
+def _contributor(contributor: pb.Contributor) -> dict[str, Any]:
+    return {
+        "peer": contributor.peer,
+        "lease": contributor.lease,
+        "weight": contributor.weight,
+        "root": contributor.root.hex(),
+    }
+
+
+def _blob(blob: pb.Blob) -> dict[str, Any]:
+    return {"root": blob.root.hex(), "size": blob.size}

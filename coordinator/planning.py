@@ -1,0 +1,167 @@
+"""What the coordinator signs, as payload bytes made from the state: leases, plans, seals and version manifests."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from google.protobuf.message import Message
+
+from hivegrpo.coordinator.round import Attempt, Ballot, Held
+from hivegrpo.coordinator.schedule import learning_rate
+from hivegrpo.coordinator.state import EVALUATION_PREFIX, State
+from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.checks import MAX_METRICS, MAX_REDUCERS
+from hivegrpo.protocol.chunks import chunk_count, split_evenly
+from hivegrpo.protocol.config import GrpoSection, RunConfig
+from hivegrpo.protocol.scalars import StepScalars, fp32_bits
+
+SUMMED_METRICS = frozenset({"num_tokens", "num_prompts", "num_completions"})
+"""Metrics that add up over contributions; all others are averaged by weight."""
+
+
+def lease_payload(state: State, lease_id: int, peer: str, run: range, *, evaluate: bool) -> bytes:
+    """A lease of the positions in `run`, to be worked on under the head."""
+    config = state.terms.config
+    lease = pb.Lease(
+        id=lease_id,
+        peer=peer,
+        version=state.version,
+        start=run.start,
+        count=len(run),
+        max_weight=max_weight(len(run), config.grpo),
+        seconds=config.timing.lease,
+        reference_version=0,
+        evaluate=evaluate,
+    )
+    return _payload(lease)
+
+
+def max_weight(positions: int, grpo: GrpoSection) -> int:
+    """The most that so many groups can weigh: their completions, or for dapo the tokens of these."""
+    completions = positions * grpo.num_generations
+    return completions * grpo.max_completion_length if grpo.loss_type == "dapo" else completions
+
+
+def wants_evaluation(version: int, config: RunConfig) -> bool:
+    """Whether one lease of this version also measures accuracy on the held-out set."""
+    return config.evaluation is not None and version % config.evaluation.every == 0
+
+
+def plan_payload(state: State, peers: Sequence[str]) -> bytes | None:
+    """The next attempt with these contributors; None if nobody could dial any of them."""
+    config, current, head = state.terms.config, state.round, state.head
+    assert head is not None
+    roster = sorted(peers)
+    reachable = [peer for peer in roster if peer in state.connected and state.members[peer].addresses]
+    chunks = chunk_count(state.terms.values)
+    reducers = reachable[: min(MAX_REDUCERS, chunks)]
+    if not reducers:
+        return None
+    spans = split_evenly(chunks, len(reducers))
+    optimizer = config.optimizer
+    scalars = StepScalars.for_step(
+        current.version,
+        learning_rate=learning_rate(current.version, config.run.versions, optimizer),
+        beta1=optimizer.adam_beta1,
+        beta2=optimizer.adam_beta2,
+        epsilon=optimizer.adam_epsilon,
+        weight_decay=optimizer.weight_decay,
+    )
+    plan = pb.RoundPlan(
+        version=current.version,
+        parent=head.digest,
+        attempt=current.attempts + 1,
+        codec=config.averaging.codec,
+        rule=config.averaging.rule,
+        values=state.terms.values,
+        contributors=[_contributor(peer, current.contributions[peer]) for peer in roster],
+        reducers=[
+            pb.Reducer(peer=peer, addresses=state.members[peer].addresses, first=span.start, chunks=len(span))
+            for peer, span in zip(reducers, spans, strict=True)
+        ],
+        scalars=scalars.to_bits(),
+        exchange_seconds=config.timing.exchange,
+        step_seconds=config.timing.step,
+    )
+    return _payload(plan)
+
+
+def seal_payload(attempt: Attempt) -> bytes | None:
+    """The senders that are complete at every reducer, each with its share of the weight; None if there are none."""
+    complete = attempt.roster.intersection(*attempt.reports.values())
+    sealed = [contributor for contributor in attempt.plan.contributors if contributor.peer in complete]
+    if not sealed:
+        return None
+    total = sum(contributor.weight for contributor in sealed)
+    seal = pb.Seal(
+        plan=attempt.digest,
+        contributors=[
+            pb.Sealed(peer=contributor.peer, coefficient=fp32_bits(contributor.weight / total))
+            for contributor in sealed
+        ],
+    )
+    return _payload(seal)
+
+
+def incomplete_at(attempt: Attempt, peer: str) -> str:
+    """The first reducer that did not have all chunks of `peer`."""
+    return next(reducer for reducer, complete in attempt.reports.items() if peer not in complete)
+
+
+def genesis_payload(state: State, root: bytes) -> bytes:
+    """Version 0."""
+    manifest = pb.VersionManifest(
+        version=0,
+        parent=state.terms.run_digest,
+        state=pb.Blob(root=root, size=state.terms.state_size),
+        reference_version=0,
+    )
+    return _payload(manifest)
+
+
+def manifest_payload(state: State, ballot: Ballot) -> bytes:
+    """The next version, as the quorum voted for it."""
+    current, head = state.round, state.head
+    attempt = current.attempt
+    assert head is not None
+    assert attempt is not None
+    assert attempt.seal is not None
+    root, spans = ballot
+    sealed = {contributor.peer for contributor in attempt.seal.contributors}
+    manifest = pb.VersionManifest(
+        version=current.version,
+        parent=head.digest,
+        plan=attempt.digest,
+        seal=attempt.seal_digest,
+        spans=[pb.Blob(root=span_root, size=size) for span_root, size in spans],
+        state=pb.Blob(root=root, size=state.terms.state_size),
+        contributors=[contributor for contributor in attempt.plan.contributors if contributor.peer in sealed],
+        reference_version=0,
+        metrics=merge_metrics((current.contributions[peer] for peer in sorted(sealed)), current.evaluation),
+    )
+    return _payload(manifest)
+
+
+def merge_metrics(contributions: Iterable[Held], evaluation: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of a version: sums for counts, means by weight for the rest, and the held-out measurement.
+
+    A metric that only some contributions have is averaged over those. At most `MAX_METRICS` are kept, by name.
+    """
+    sums: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for held in contributions:
+        for name, value in held.message.metrics.items():
+            if name.startswith(EVALUATION_PREFIX):
+                continue
+            factor = 1 if name in SUMMED_METRICS else held.message.weight
+            sums[name] = sums.get(name, 0.0) + value * factor
+            weights[name] = weights.get(name, 0.0) + factor
+    merged = {name: total if name in SUMMED_METRICS else total / weights[name] for name, total in sums.items()}
+    kept = sorted({**merged, **evaluation}.items(), key=lambda item: (item[0] not in evaluation, item[0]))
+    return dict(kept[:MAX_METRICS])
+
+
+def _contributor(peer: str, held: Held) -> pb.Contributor:
+    return pb.Contributor(peer=peer, lease=held.message.lease, weight=held.message.weight, root=held.message.root)
+
+
+def _payload(message: Message) -> bytes:
+    return message.SerializeToString(deterministic=True)

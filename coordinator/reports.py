@@ -1,0 +1,150 @@
+"""What follows from a peer's report: an answer, and events if it is news. Pure, and idempotent: the same report
+again gets the same answer while it still matters, and never a second event.
+
+A refusal's reason starts with one of: unknown (join first), stale (too late), invalid (makes no sense), refused.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hivegrpo.coordinator import events as ev
+from hivegrpo.coordinator.round import Attempt
+from hivegrpo.coordinator.state import Phase, State, ballot_of
+from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.checks import (
+    check_contribution,
+    check_digest,
+    check_metrics,
+    check_sender_report,
+    check_step_report,
+)
+from hivegrpo.protocol.envelope import open_signed
+from hivegrpo.protocol.errors import FrameError
+
+MAX_REASON = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The answer to a report, and what happened by it."""
+
+    accepted: bool
+    reason: str = ""
+    events: tuple[ev.Event, ...] = ()
+
+
+def judge(state: State, signed: pb.Signed, peer: str, run_id: str, now: float) -> Verdict:
+    """Judge a report that `peer` sent. WireError if it is not properly signed by that peer, or malformed."""
+    judges = {
+        "Ready": _judge_ready,
+        "Contribution": _judge_contribution,
+        "SenderReport": _judge_senders,
+        "StepReport": _judge_step,
+        "Leave": _judge_leave,
+    }
+    judge_one: Callable[[State, pb.Signed, str, str, float], Verdict] | None = judges.get(signed.type)
+    if judge_one is None:
+        raise FrameError(f"a report of unknown type {signed.type[:40]!r}")
+    if peer not in state.members:
+        return Verdict(False, "unknown: this peer has not joined")
+    return judge_one(state, signed, peer, run_id, now)
+
+
+def open_heartbeat(signed: pb.Signed, peer: str, run_id: str) -> pb.Heartbeat:
+    """A checked heartbeat; WireError if it is not properly signed by that peer, or malformed."""
+    heartbeat = open_signed(signed, run_id, pb.Heartbeat, signer=peer).message
+    check_metrics(heartbeat.metrics)
+    if len(heartbeat.state) > 32:
+        raise FrameError("a heartbeat's state is longer than any state's name")
+    return heartbeat
+
+
+def _judge_ready(state: State, signed: pb.Signed, peer: str, run_id: str, now: float) -> Verdict:
+    ready = open_signed(signed, run_id, pb.Ready, signer=peer).message
+    check_digest(ready.state_root, "the state root")
+    version = max(state.version, 0)
+    if ready.version != version:
+        kind = "stale" if ready.version < version else "invalid"
+        return Verdict(False, f"{kind}: the newest version is {state.version}, not {ready.version}")
+    if state.head is not None and ready.state_root != state.head.manifest.state.root:
+        return Verdict(False, f"invalid: version {version} has another state root")
+    member = state.members[peer]
+    if (member.ready, member.ready_root) == (ready.version, ready.state_root):
+        return Verdict(True)
+    return Verdict(True, events=(ev.PeerReady(now, peer, ready.version, ready.state_root),))
+
+
+def _judge_contribution(state: State, signed: pb.Signed, peer: str, run_id: str, now: float) -> Verdict:
+    opened = open_signed(signed, run_id, pb.Contribution, signer=peer)
+    contribution = opened.message
+    known = _known_contribution(state, peer, contribution.lease)
+    if known is not None:
+        if known == opened.digest:
+            return Verdict(True)
+        return Verdict(False, f"refused: another contribution was committed for lease {contribution.lease}")
+    lease = state.leases.get(contribution.lease)
+    if lease is None and contribution.lease < state.next_lease:
+        return Verdict(False, f"stale: lease {contribution.lease} expired")
+    if lease is None or lease.message.peer != peer:
+        return Verdict(False, f"invalid: lease {contribution.lease} is not this peer's")
+    if contribution.version != lease.message.version:
+        return Verdict(False, f"invalid: lease {contribution.lease} is for version {lease.message.version}")
+    check_contribution(contribution, lease.message)
+    return Verdict(True, events=(ev.ContributionReceived(now, signed.SerializeToString()),))
+
+
+def _known_contribution(state: State, peer: str, lease: int) -> bytes | None:
+    """Digest of the contribution that was received for this lease, if it counts or can still count."""
+    current = state.round
+    if current.served.get(peer) == lease:
+        held = current.contributions.get(peer)
+        return held.digest if held else current.empties.get(peer)
+    return state.last_lease_digests.get(lease)
+
+
+def _judge_senders(state: State, signed: pb.Signed, peer: str, run_id: str, now: float) -> Verdict:
+    report = open_signed(signed, run_id, pb.SenderReport, signer=peer).message
+    attempt = state.round.attempt
+    if attempt is None or report.plan != attempt.digest:
+        return Verdict(False, f"stale: plan {report.plan.hex()[:16]} is not the current one")
+    if all(reducer.peer != peer for reducer in attempt.plan.reducers):
+        return Verdict(False, "invalid: this peer is no reducer of the plan")
+    check_sender_report(report, attempt.plan)
+    if peer in attempt.reports:
+        return _again(attempt.reports[peer] == {complete.peer for complete in report.complete}, "report")
+    return Verdict(True, events=(ev.SendersReported(now, signed.SerializeToString()),))
+
+
+def _judge_step(state: State, signed: pb.Signed, peer: str, run_id: str, now: float) -> Verdict:
+    opened = open_signed(signed, run_id, pb.StepReport, signer=peer)
+    report = opened.message
+    attempt = _attempt_of(state, report.plan)
+    if attempt is None:
+        return Verdict(False, f"stale: plan {report.plan.hex()[:16]} is neither the current one nor the last version's")
+    if peer not in attempt.roster:
+        return Verdict(False, "invalid: this peer is not in the plan's roster")
+    check_step_report(report, attempt.plan)
+    if report.seal != attempt.seal_digest or report.version != attempt.plan.version:
+        return Verdict(False, "invalid: the plan was sealed otherwise, or is for another version")
+    if peer in attempt.votes:
+        return _again(attempt.votes[peer] == ballot_of(report), "vote")
+    return Verdict(True, events=(ev.StepReported(now, signed.SerializeToString()),))
+
+
+def _attempt_of(state: State, plan: bytes) -> Attempt | None:
+    """The attempt that can still be voted on under this plan's digest."""
+    current = state.round.attempt
+    if current is not None and state.phase is Phase.STEP and plan == current.digest:
+        return current
+    return state.last if state.last is not None and plan == state.last.digest else None
+
+
+def _again(same: bool, what: str) -> Verdict:
+    return Verdict(True) if same else Verdict(False, f"refused: this peer's {what} was another one")
+
+
+def _judge_leave(state: State, signed: pb.Signed, peer: str, run_id: str, now: float) -> Verdict:
+    leave = open_signed(signed, run_id, pb.Leave, signer=peer).message
+    if state.members[peer].left:
+        return Verdict(True)
+    return Verdict(True, events=(ev.PeerLeft(now, peer, leave.reason[:MAX_REASON]),))

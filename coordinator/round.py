@@ -1,0 +1,102 @@
+"""The round in flight: from the leases of one version to the commit of the next."""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from hivegrpo.protocol import hivegrpo_pb2 as pb
+
+EXTRA_SECONDS = 2.0
+"""Beyond a plan's own durations, for messages that are under way."""
+
+LAST_VOTES_SECONDS = 0.5
+"""How long a version that has its quorum waits for the votes that are still to come."""
+
+Ballot = tuple[bytes, tuple[tuple[bytes, int], ...]]
+"""What a peer votes for: the state root, and root and size of every span."""
+
+
+@dataclass(slots=True)
+class Granted:
+    """A live lease."""
+
+    message: pb.Lease
+    payload: bytes
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A contribution that was received and has weight."""
+
+    lease: pb.Lease
+    message: pb.Contribution
+    digest: bytes
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One plan, and what was reported of it."""
+
+    plan: pb.RoundPlan
+    payload: bytes
+    digest: bytes
+    planned_at: float
+    roster: frozenset[str]
+    reports: dict[str, frozenset[str]] = field(default_factory=dict)
+    """By reducer: the senders whose chunks it has whole."""
+    seal: pb.Seal | None = None
+    seal_payload: bytes = b""
+    seal_digest: bytes = b""
+    sealed_at: float = 0.0
+    votes: dict[str, Ballot] = field(default_factory=dict)
+    tally: dict[Ballot, int] = field(default_factory=dict)
+    quorum_at: float | None = None
+    """When the leading ballot had its quorum."""
+
+    @property
+    def quorum(self) -> int:
+        """Votes that commit: two thirds of the roster, rounded up."""
+        return -(-2 * len(self.roster) // 3)
+
+    def vote(self, peer: str, ballot: Ballot, at: float) -> None:
+        """Count a peer's only vote."""
+        assert peer not in self.votes
+        self.votes[peer] = ballot
+        self.tally[ballot] = self.tally.get(ballot, 0) + 1
+        if self.quorum_at is None and self.tally[ballot] >= self.quorum:
+            self.quorum_at = at
+
+    def winner(self) -> Ballot | None:
+        """The ballot that has the quorum, if there is one."""
+        return next((ballot for ballot, count in self.tally.items() if count >= self.quorum), None)
+
+
+@dataclass(slots=True)
+class Round:
+    """Work on making `version`. Abandoned and empty rounds begin again under the same version."""
+
+    version: int
+    attempts: int = 0
+    """Number of the latest plan; it never goes back, so that a plan fences all earlier ones."""
+    tries: int = 0
+    """Plans since the rollout began."""
+    served: dict[str, int] = field(default_factory=dict)
+    """Peers with a live lease or a contribution, with the lease's id: they get no other one."""
+    contributions: dict[str, Held] = field(default_factory=dict)
+    """Those with weight that have not been rejected, by peer."""
+    empties: dict[str, bytes] = field(default_factory=dict)
+    """Contributions without weight, by peer: the payload's digest."""
+    leased: int = 0
+    """Positions in live leases."""
+    spent: int = 0
+    """Positions used or dropped by contributions."""
+    rollout_at: float | None = None
+    """When the first lease was granted."""
+    closed_at: float = 0.0
+    """When the rollout was closed, or the last attempt failed."""
+    evaluating: bool = False
+    """Whether a live lease, or a contribution, has the held-out measurement."""
+    evaluation: dict[str, float] = field(default_factory=dict)
+    attempt: Attempt | None = None
+    absent: OrderedDict[str, float] = field(default_factory=OrderedDict)
+    """Peers with a lease or a contribution that are away, by the time since when, oldest first."""
