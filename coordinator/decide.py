@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.planning import (
+    LARGEST_ROSTER,
     genesis_payload,
     incomplete_at,
     lease_payload,
@@ -18,7 +19,6 @@ from hivegrpo.coordinator.planning import (
 )
 from hivegrpo.coordinator.round import EXTRA_SECONDS, LAST_VOTES_SECONDS, Attempt
 from hivegrpo.coordinator.state import Phase, State
-from hivegrpo.protocol.checks import MAX_ROSTER
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ def _grants(state: State, now: float) -> Iterator[ev.LeaseGranted]:
     config, current = state.terms.config, state.round
     remaining = config.grpo.prompts_per_round - current.leased - current.spent
     waiting = len(state.unserved)
-    room = MAX_ROSTER - len(current.served)
+    room = LARGEST_ROSTER - len(current.served)
     if remaining <= 0 or not state.idle or room <= 0:
         return
     book = state.positions.copy()

@@ -12,7 +12,7 @@ SESSION_SECONDS = 366 * 86_400.0
 """A follower says nothing after its join, so reading only waits for its end; silence is noticed by heartbeats."""
 
 
-class _Session:
+class Session:
     """One follow stream: frames out, and nothing in."""
 
     def __init__(self, stream: Stream) -> None:
@@ -32,7 +32,7 @@ class _Session:
         self._ended.set()
 
     async def run(self) -> None:
-        """Until either side ends it; FrameError if the follower talks."""
+        """Until either side ends it, as a session usually does; FrameError if the follower talks."""
         tasks = [asyncio.create_task(work) for work in (self._write(), self._read(), self._wait())]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -41,7 +41,7 @@ class _Session:
                 task.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
         for result in results:
-            if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError):
+            if isinstance(result, BaseException) and not isinstance(result, (asyncio.CancelledError, RemoteError)):
                 raise result
 
     async def _write(self) -> None:
@@ -63,35 +63,29 @@ class Followers:
         """`patience`: seconds without a sign of life after which a peer is dropped; `on_change`: a session ended."""
         self._patience = patience
         self._on_change = on_change
-        self._sessions: dict[str, _Session] = {}
+        self._sessions: dict[str, Session] = {}
         self._heard: dict[str, float] = {}
 
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def begin(self, peer: str, stream: Stream, now: float) -> _Session:
+    def begin(self, peer: str, stream: Stream, now: float) -> Session:
         """Register a session; frames pushed from now on go to it."""
         older = self._sessions.get(peer)
         if older is not None:
             older.end()
-        session = self._sessions[peer] = _Session(stream)
+        session = self._sessions[peer] = Session(stream)
         self.hear(peer, now)
         return session
 
-    def __contains__(self, peer: str) -> bool:
-        return peer in self._sessions
-
-    async def serve(self, peer: str, session: _Session) -> None:
-        """Run a session to its end; FrameError if the follower broke the protocol."""
-        try:
-            await session.run()
-        except RemoteError:
-            pass  # how a session usually ends: the peer closed it, or the connection broke
-        finally:
-            if self._sessions.get(peer) is session:
-                del self._sessions[peer]
-                self._heard.pop(peer, None)
-                self._on_change()
+    def forget(self, peer: str, session: Session) -> bool:
+        """A session has ended. True if it was still the peer's current one: the peer is gone."""
+        if self._sessions.get(peer) is not session:
+            return False
+        del self._sessions[peer]
+        self._heard.pop(peer, None)
+        self._on_change()
+        return True
 
     def push(self, peers: Sequence[str] | None, frame: bytes) -> None:
         """Queue a frame for those of `peers` (None: all) that follow."""
@@ -113,7 +107,8 @@ class Followers:
 
     def drop_silent(self, now: float) -> float | None:
         """Drop the sessions of peers that were silent for too long; when to look again."""
-        for peer, heard in list(self._heard.items()):
+        while self._heard:
+            peer, heard = next(iter(self._heard.items()))
             if now < heard + self._patience:
                 return heard + self._patience
             self.end(peer)

@@ -4,14 +4,20 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from google.protobuf.message import Message
 
-from hivegrpo.coordinator.round import Attempt, Ballot, Held
+from hivegrpo.coordinator.round import EVALUATION_PREFIX, Attempt, Ballot, Held
 from hivegrpo.coordinator.schedule import learning_rate
-from hivegrpo.coordinator.state import EVALUATION_PREFIX, State
+from hivegrpo.coordinator.state import State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.checks import MAX_METRICS, MAX_REDUCERS
 from hivegrpo.protocol.chunks import chunk_count, split_evenly
 from hivegrpo.protocol.config import GrpoSection, RunConfig
 from hivegrpo.protocol.scalars import StepScalars, fp32_bits
+
+LARGEST_ROSTER = 3072
+"""Contributors of a plan. With more, plan, seal and manifest would not fit in one entry of the chain."""
+
+PLANNED_ADDRESSES = 8
+"""Addresses of a reducer that go into a plan; likewise."""
 
 SUMMED_METRICS = frozenset({"num_tokens", "num_prompts", "num_completions"})
 """Metrics that add up over contributions; all others are averaged by weight."""
@@ -74,7 +80,7 @@ def plan_payload(state: State, peers: Sequence[str]) -> bytes | None:
         values=state.terms.values,
         contributors=[_contributor(peer, current.contributions[peer]) for peer in roster],
         reducers=[
-            pb.Reducer(peer=peer, addresses=state.members[peer].addresses, first=span.start, chunks=len(span))
+            pb.Reducer(peer=peer, addresses=_dialled(state, peer), first=span.start, chunks=len(span))
             for peer, span in zip(reducers, spans, strict=True)
         ],
         scalars=scalars.to_bits(),
@@ -157,6 +163,10 @@ def merge_metrics(contributions: Iterable[Held], evaluation: Mapping[str, float]
     merged = {name: total if name in SUMMED_METRICS else total / weights[name] for name, total in sums.items()}
     kept = sorted({**merged, **evaluation}.items(), key=lambda item: (item[0] not in evaluation, item[0]))
     return dict(kept[:MAX_METRICS])
+
+
+def _dialled(state: State, peer: str) -> tuple[str, ...]:
+    return state.members[peer].addresses[:PLANNED_ADDRESSES]
 
 
 def _contributor(peer: str, held: Held) -> pb.Contributor:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hivegrpo.coordinator import events as ev
-from hivegrpo.coordinator.round import Attempt
-from hivegrpo.coordinator.state import Phase, State, ballot_of
+from hivegrpo.coordinator.round import Attempt, ballot_of
+from hivegrpo.coordinator.state import Phase, State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.checks import (
     check_contribution,

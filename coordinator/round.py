@@ -14,6 +14,14 @@ LAST_VOTES_SECONDS = 0.5
 Ballot = tuple[bytes, tuple[tuple[bytes, int], ...]]
 """What a peer votes for: the state root, and root and size of every span."""
 
+EVALUATION_PREFIX = "eval/"
+"""Of metrics that were measured on the held-out set."""
+
+
+def ballot_of(report: pb.StepReport) -> Ballot:
+    """What a step report votes for."""
+    return report.state_root, tuple((span.root, span.size) for span in report.spans)
+
 
 @dataclass(slots=True)
 class Granted:

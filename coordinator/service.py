@@ -1,12 +1,13 @@
 """The network shell around the state machine: reports in, signed pushes out, a log on disk between them.
 
-Everything that changes the state goes through `_commit`, which never awaits: the log is written, the state and the
-chain advance, and only then is anything sent.
+Everything that changes the state goes through `_happen`, which never awaits. What follows from an event outside this
+process (an answer, a push, an entry of the chain) follows once the event is on disk.
 """
 
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,23 @@ import structlog
 
 from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.admission import MAX_AGENT, check_head, refusal
+from hivegrpo.coordinator.apply import apply
 from hivegrpo.coordinator.archive import Archive
 from hivegrpo.coordinator.decide import decide
 from hivegrpo.coordinator.followers import Followers
+from hivegrpo.coordinator.journal import Journal
 from hivegrpo.coordinator.log import DAMAGED_HINT, EventLog
+from hivegrpo.coordinator.pushes import Push, current_for, finished_push, push_of, state_holders
 from hivegrpo.coordinator.reports import judge, open_heartbeat
-from hivegrpo.coordinator.state import Phase, State, Terms, apply
+from hivegrpo.coordinator.state import Phase, State, Terms
 from hivegrpo.coordinator.status import Pulse, snapshot
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobstream import BlobStore, serve_blobs
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.chainstream import serve_chain
 from hivegrpo.protocol.config import RunConfig
-from hivegrpo.protocol.envelope import digest_of, open_signed, parse, run_id_of, sign, sign_payload
-from hivegrpo.protocol.errors import ChainError, HiveError, WireError
+from hivegrpo.protocol.envelope import open_signed, parse, run_id_of, sign_payload
+from hivegrpo.protocol.errors import ChainError, RemoteError, WireError
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.transport.base import MAX_CALL_BYTES, Stream, Transport
 
@@ -35,7 +39,6 @@ REPORT = "report"
 FOLLOW = "follow"
 HEARTBEAT_SECONDS = 2.0
 MISSED_HEARTBEATS = 3
-MAX_HOLDERS = 32
 MAX_REASON = 300
 CLOSE_SECONDS = 5.0
 LINGER_SECONDS = 10.0
@@ -68,6 +71,7 @@ class Coordinator:
         self._identity = identity
         self._transport = transport
         self._log = log
+        self._journal = Journal(log, self._stop_for)
         self._manifest = parse(pb.RunManifest, run.payload)
         self._config = config
         self._blobs = blobs
@@ -75,7 +79,7 @@ class Coordinator:
         self._on_event = on_event
         self._exit_when_finished = exit_when_finished
         self._wake = asyncio.Event()
-        self._fatal: HiveError | None = None
+        self._fatal: Exception | None = None
         self._closing = False
         self._told_finished_at: float | None = None
         self._pulses: dict[str, Pulse] = {}
@@ -83,7 +87,7 @@ class Coordinator:
         self._archive = Archive(
             transport,
             blobs,
-            self._state_holders,
+            lambda version: state_holders(self.state, version),
             every=config.distribution.anchor_every,
             final=config.run.versions,
             on_idle=self._wake.set,
@@ -113,6 +117,8 @@ class Coordinator:
             for task in watched:
                 task.cancel()
             await asyncio.gather(*watched, return_exceptions=True)
+            with suppress(RemoteError):
+                await self._journal.written()
             await self._followers.close(CLOSE_SECONDS)
 
     def snapshot(self) -> dict[str, Any]:
@@ -124,34 +130,43 @@ class Coordinator:
         return shown
 
     def _restore(self) -> None:
+        chain = self.chain.chain
         for event in self._log.replay():
             try:
-                self._take(event)
+                if isinstance(event, ev.VersionCommitted):
+                    self._check_restored(self._entry(event), self.state.version + 1)
+                apply(self.state, event)
             except (LookupError, AssertionError, WireError) as error:
                 name = type(event).__name__
                 raise ChainError(
                     f"An event of the log ({name}) does not follow from the others.", DAMAGED_HINT
                 ) from error
-        if self.chain.chain.height > self.state.version:
+        if chain.height > self.state.version:
             raise ChainError(
-                f"The log ends at version {self.state.version}, the chain beside it at {self.chain.chain.height}.",
-                DAMAGED_HINT,
+                f"The log ends at version {self.state.version}, the chain beside it at {chain.height}.", DAMAGED_HINT
             )
-        self._commit([ev.CoordinatorStarted(self._clock())])
-        self._archive.restore([entry.manifest.message for entry in self.chain.chain.entries])
+        self._happen([ev.CoordinatorStarted(self._clock())])
+        self._archive.restore([entry.manifest.message for entry in chain.entries])
+
+    def _check_restored(self, entry: pb.ChainEntry, version: int) -> None:
+        """The chain beside the log has the same version, or lacks it since a crash."""
+        chain = self.chain.chain
+        if version > chain.height:
+            self.chain.append(entry)
+        elif chain.entry(version).manifest.payload != entry.manifest.payload:
+            raise ChainError(f"The log and the chain beside it differ at version {version}.", DAMAGED_HINT)
 
     def _advance(self) -> float | None:
         """Let everything happen that is due; when to look again."""
         if self._fatal is not None:
             raise self._fatal
-        while (decision := decide(self.state, self._clock())).events:
-            self._commit(decision.events)
+        wake = self._settle()
         now = self._clock()
-        timers = [decision.wake, self._followers.drop_silent(now)]
-        if self.state.phase is Phase.FINISHED and self._archive.idle:
+        timers = [wake, self._followers.drop_silent(now)]
+        if self.state.phase is Phase.FINISHED and self._journal.idle and self._archive.idle:
             if self._told_finished_at is None:
                 self._told_finished_at = now
-                self._send(None, self._finished_notice())
+                self._deliver(finished_push(self.state))
             timers.append(self._told_finished_at + LINGER_SECONDS if self._exit_when_finished else None)
         return min((timer for timer in timers if timer is not None), default=None)
 
@@ -168,93 +183,52 @@ class Coordinator:
         except TimeoutError:
             pass  # that is what it slept for
 
-    def _commit(self, events: Sequence[ev.Event]) -> None:
-        """Write events, let them happen, and tell those concerned. The only way in which the state changes."""
-        if not events:
-            return
-        try:
-            self._log.append(events)
-        except HiveError as error:
-            self._stop_for(error)
-            raise
+    def _happen(self, events: Sequence[ev.Event]) -> None:
+        """Let events happen, and whatever is due by them. With `_settle`, the only way in which the state changes."""
         for event in events:
             self._take(event)
-            self._publish(event)
-            if self._on_event is not None:
-                self._on_event(event, self.state)
+        self._settle()
         self._wake.set()
 
-    def _take(self, event: ev.Event) -> None:
-        if isinstance(event, ev.VersionCommitted):
-            self._extend_chain(event.payload)
-        apply(self.state, event)
+    def _settle(self) -> float | None:
+        """Let everything happen that is due; when the next thing may be."""
+        while (decision := decide(self.state, self._clock())).events:
+            for event in decision.events:
+                self._take(event)
+        return decision.wake
 
-    def _extend_chain(self, payload: bytes) -> None:
-        """Append the version that is about to be committed, unless the chain's file has it from before a restart."""
-        chain, version = self.chain.chain, self.state.version + 1
-        if version <= chain.height:
-            if chain.entries[version].manifest.digest != digest_of(payload):
-                raise ChainError(f"The log and the chain beside it differ at version {version}.", DAMAGED_HINT)
-            return
-        entry = pb.ChainEntry(manifest=self._envelope("VersionManifest", payload))
+    def _take(self, event: ev.Event) -> None:
+        if self._fatal is not None:
+            raise RemoteError("the coordinator is stopping")
+        entry = self._entry(event) if isinstance(event, ev.VersionCommitted) else None
+        try:
+            apply(self.state, event)
+        except Exception as error:
+            self._stop_for(error)  # our own mistake: the state is half changed, and only the log has it whole
+            raise
+        push = push_of(event, self.state)
+        self._journal.add(event, lambda: self._follow_up(event, entry, push))
+
+    def _follow_up(self, event: ev.Event, entry: pb.ChainEntry | None, push: Push | None) -> None:
+        """What an event that is on disk has for others."""
+        if entry is not None:
+            self._archive.want(self.chain.append(entry).manifest.message)
+        if push is not None:
+            self._deliver(push)
+        if isinstance(event, ev.PeerLeft):
+            self._followers.end(event.peer)
+        if self._on_event is not None:
+            self._on_event(event, self.state)
+        self._wake.set()
+
+    def _entry(self, event: ev.VersionCommitted) -> pb.ChainEntry:
+        """The entry of a version that is about to be applied."""
+        entry = pb.ChainEntry(manifest=self._sign("VersionManifest", event.payload))
         attempt = self.state.round.attempt
         if attempt is not None:
-            entry.plan.CopyFrom(self._envelope("RoundPlan", attempt.payload))
-            entry.seal.CopyFrom(self._envelope("Seal", attempt.seal_payload))
-        self.chain.append(entry)
-
-    def _publish(self, event: ev.Event) -> None:
-        """Push what an event has for the peers."""
-        attempt = self.state.round.attempt
-        match event:
-            case ev.LeaseGranted(payload=payload):
-                self._send([parse(pb.Lease, payload).peer], self._envelope("Lease", payload))
-            case ev.PlanMade(payload=payload) if attempt is not None:
-                self._send(sorted(attempt.roster), self._envelope("RoundPlan", payload))
-            case ev.SealMade(payload=payload) if attempt is not None:
-                self._send(sorted(attempt.roster), self._envelope("Seal", payload))
-            case ev.VersionCommitted(payload=payload):
-                self._send(None, self._envelope("VersionManifest", payload))
-                self._archive.want(parse(pb.VersionManifest, payload))
-            case ev.PeerLeft(peer=peer):
-                self._followers.end(peer)
-
-    def _current_for(self, peer: str) -> list[pb.Signed]:
-        """What a peer that has just joined is told."""
-        state = self.state
-        holders = [pb.Endpoint(peer=other, addresses=state.members[other].addresses) for other in self._servers(peer)]
-        told = [sign(self._identity, self.run_id, pb.Welcome(head=max(state.version, 0), holders=holders))]
-        if state.head is not None:
-            told.append(self._envelope("VersionManifest", state.head.payload))
-        lease = state.members[peer].lease
-        if lease is not None:
-            told.append(self._envelope("Lease", state.leases[lease].payload))
-        attempt = state.round.attempt
-        if attempt is not None and peer in attempt.roster:
-            told.append(self._envelope("RoundPlan", attempt.payload))
-            if attempt.seal is not None:
-                told.append(self._envelope("Seal", attempt.seal_payload))
-        if self._told_finished_at is not None:
-            told.append(self._finished_notice())
-        return told
-
-    def _servers(self, asking: str) -> list[str]:
-        """Connected peers that hold the head and can be dialled."""
-        members, version = self.state.members, self.state.version
-        found = []
-        for peer in self.state.connected:
-            if peer != asking and members[peer].addresses and members[peer].ready == version:
-                found.append(peer)
-                if len(found) == MAX_HOLDERS:
-                    break
-        return found
-
-    def _state_holders(self, version: int) -> list[str]:
-        """Connected peers that hold this version or a newer one, those at exactly this version first."""
-        members = self.state.members
-        having = [(peer, members[peer].ready) for peer in self.state.connected]
-        able = sorted((ready - version, peer) for peer, ready in having if ready is not None and ready >= version)
-        return [peer for _, peer in able[:MAX_HOLDERS]]
+            entry.plan.CopyFrom(self._sign("RoundPlan", attempt.payload))
+            entry.seal.CopyFrom(self._sign("Seal", attempt.seal_payload))
+        return entry
 
     async def _on_report(self, request: bytes, remote: str) -> bytes:
         try:
@@ -265,7 +239,8 @@ class Coordinator:
         except WireError as error:
             self._count(error, remote)
             return _ack(f"invalid: {error.message}"[:MAX_REASON])
-        self._commit(verdict.events)
+        self._happen(verdict.events)
+        await self._journal.written()
         return _ack(None if verdict.accepted else verdict.reason)
 
     def _beat(self, signed: pb.Signed, remote: str) -> str | None:
@@ -291,14 +266,17 @@ class Coordinator:
         now = self._clock()
         session = self._followers.begin(peer, stream, now)
         session.push(_ack(None))
-        self._commit([ev.PeerJoined(now, peer, tuple(join.addresses), join.agent[:MAX_AGENT])])
-        for told in self._current_for(peer):
-            session.push(told.SerializeToString())
+        self._take(ev.PeerJoined(now, peer, tuple(join.addresses), join.agent[:MAX_AGENT]))
+        for push in current_for(self.state, peer, finished=self._told_finished_at is not None):
+            session.push(self._sign(push.type, push.payload).SerializeToString())
+        self._happen([])
         try:
-            await self._followers.serve(peer, session)
+            await self._journal.written()
+            await session.run()
         finally:
-            if not self._closing and peer not in self._followers and self.state.members[peer].connected:
-                self._commit([ev.PeerDisconnected(self._clock(), peer)])
+            gone = self._followers.forget(peer, session)
+            if gone and not self._closing and self._fatal is None and self.state.members[peer].connected:
+                self._happen([ev.PeerDisconnected(self._clock(), peer)])
 
     def _refusal(self, join: pb.Join, peer: str) -> str | None:
         """Why this join is refused; None if it is not. Evidence that going on would fork the chain ends `run`."""
@@ -314,7 +292,7 @@ class Coordinator:
             self._count(error, peer)
             return f"invalid: {error.message}"
 
-    def _stop_for(self, error: HiveError) -> None:
+    def _stop_for(self, error: Exception) -> None:
         """End `run` with an error that was met while serving."""
         if self._fatal is None:
             self._fatal = error
@@ -325,15 +303,11 @@ class Coordinator:
         self._transport.rejected[name] = self._transport.rejected.get(name, 0) + 1
         log.warning("rejected", peer=remote, error=name, reason=error.message[:MAX_REASON])
 
-    def _send(self, peers: Sequence[str] | None, signed: pb.Signed) -> None:
-        self._followers.push(peers, signed.SerializeToString())
+    def _deliver(self, push: Push) -> None:
+        self._followers.push(push.peers, self._sign(push.type, push.payload).SerializeToString())
 
-    def _envelope(self, type_name: str, payload: bytes) -> pb.Signed:
+    def _sign(self, type_name: str, payload: bytes) -> pb.Signed:
         return sign_payload(self._identity, self.run_id, type_name, payload)
-
-    def _finished_notice(self) -> pb.Signed:
-        text = f"version {self.state.version} was the last; thank you"
-        return sign(self._identity, self.run_id, pb.Notice(kind="finished", text=text))
 
 
 def _ack(refusal: str | None) -> bytes:

@@ -1,6 +1,5 @@
 """What a run is made of, beside its chain: the base model's files and the canonical rows, by content."""
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,10 +46,7 @@ def base_folder(manifest: pb.RunManifest, config: RunConfig, store: BlobStore, f
 
 def read_rows(file: pb.File, digest: bytes, dataset: DatasetSection, held_out: Rows | None, store: BlobStore) -> bytes:
     """Canonical rows, from the store or through `datasets`. MismatchError if they are not the run's."""
-    if file.name:
-        rows = store.read(BlobRef(file.blob.root, file.blob.size))
-    else:
-        rows = canonical_rows(dataset, held_out)
+    rows = store.read(BlobRef(file.blob.root, file.blob.size)) if file.name else canonical_rows(dataset, held_out)
     if rows_digest(rows) != digest:
         source = held_out or dataset
         raise MismatchError(
@@ -72,7 +68,7 @@ def _lay_out(files: Sequence[pb.File], store: BlobStore, folder: Path) -> None:
         if source is None:
             raise ConfigError(f"{file.name} of the base model is not here.", "Start the peer again to fetch it.")
         target = folder / file.name
-        if target.exists() and os.path.samefile(source, target):
+        if target.exists() and target.samefile(source):
             continue
         target.unlink(missing_ok=True)
         try:

@@ -213,6 +213,7 @@ def test_chunks_of_another_size_are_refused(codec: Codec, values: int, change: i
         ("mxint8", bytes([254, 0]) + bytes([0x80]) + bytes(32), 33, "-128"),
         ("mxint8", bytes([0, 254]) + bytes(32) + bytes([0x80]), 33, "-128"),
     ],
+    ids=["fp32 nan", "fp32 infinity", "scale of nan", "first element", "last element"],
 )
 def test_bytes_that_no_encoder_makes_are_refused(name: str, data: bytes, values: int, reason: str) -> None:
     codec = get_codec(name)

@@ -52,6 +52,11 @@ def test_canonical_rows_are_these_bytes(tmp_path: Path) -> None:
     assert rows_digest(CANONICAL) == hashlib.sha256(CANONICAL).digest()
 
 
+def test_keys_are_sorted_inside_an_answer_too(tmp_path: Path) -> None:
+    rows = canonical_rows(section(write_jsonl(tmp_path, [{"question": "q", "answer": {"b": [1], "a": None}}])))
+    assert rows == b'{"answer":{"a":null,"b":[1]},"prompt":"q"}\n'
+
+
 def test_parquet_gives_the_same_bytes(tmp_path: Path) -> None:
     rows = [{**row, "answer": str(row["answer"])} for row in ROWS]
     assert canonical_rows(section(write_parquet(tmp_path, rows))) == CANONICAL.replace(b":3,", b':"3",')

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hivegrpo.peer import numerics
 from hivegrpo.protocol.errors import NumericsError
@@ -122,8 +123,6 @@ def test_torch_optim_adamw_differs_from_one_processor_path_to_another() -> None:
 
 def test_a_machine_that_flushes_subnormals_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without `keep_subnormals`, flush-to-zero changes the step, the mean and MX decoding: the inputs reach there."""
-    import torch
-
     for module in ("hivegrpo.peer.learn.step", "hivegrpo.peer.swarm.rules", "hivegrpo.peer.swarm.codecs"):
         monkeypatch.setattr(f"{module}.keep_subnormals", lambda: None)
     torch.set_flush_denormal(True)

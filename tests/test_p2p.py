@@ -3,9 +3,12 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -15,6 +18,7 @@ from structlog.testing import capture_logs
 from hivegrpo.protocol.errors import BusyError, ConfigError, RemoteError
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.transport.base import Stream
+from hivegrpo.protocol.transport.daemon import check_port
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +61,7 @@ def test_nothing_is_left_of_a_node_that_closed() -> None:
     asyncio.run(scenario())
 
 
-def test_a_busy_port_is_named_with_what_to_do() -> None:
+def test_a_busy_port_is_named_with_what_to_do_and_free_again_after_the_node() -> None:
     from hivegrpo.protocol.transport.p2p import P2PTransport
 
     async def scenario() -> None:
@@ -66,12 +70,24 @@ def test_a_busy_port_is_named_with_what_to_do() -> None:
         with pytest.raises(BusyError, match=f"Port {port} on 127.0.0.1 is in use") as caught:
             await P2PTransport.create(Identity.generate(), port=port)
         assert "--port" in caught.value.hint
+        client = await P2PTransport.create(Identity.generate(), dht=False)
+        await client.connect(node.addresses())
         await node.close()
         again = await P2PTransport.create(Identity.generate(), port=port, dht=False)
         assert again.addresses() == [f"/ip4/127.0.0.1/tcp/{port}/p2p/{again.peer_id}"]
+        await client.close()
         await again.close()
 
     asyncio.run(scenario())
+
+
+def test_a_port_is_not_busy_with_connections_that_are_over() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            server.accept()[0].close()
+            assert client.recv(1) == b""
+    check_port("127.0.0.1", port)
 
 
 @pytest.mark.parametrize("host", ["localhost", "203.0.113.7"])
@@ -127,6 +143,23 @@ def test_a_node_whose_p2pd_ended_says_so_and_fails_at_once() -> None:
     asyncio.run(scenario())
 
 
+def test_hints_that_nobody_waits_for_leave_nothing_behind() -> None:
+    from hivegrpo.protocol.transport.p2p import P2PTransport
+
+    async def scenario() -> None:
+        first = await P2PTransport.create(Identity.generate())
+        second = await P2PTransport.create(Identity.generate(), initial_peers=first.addresses())
+        assert [await second.find(f"key {number}", timeout=0.0) for number in range(20)] == [{}] * 20
+        leaving = [asyncio.create_task(second.announce("key", b"hint", ttl=60)) for _ in range(20)]
+        await asyncio.sleep(0)
+        await second.close()
+        await first.close()
+        await asyncio.gather(*leaving)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(scenario())
+
+
 def test_the_dht_takes_small_hints_of_peers_only_and_so_many() -> None:
     from hivemind.dht.validation import DHTRecord
     from hivemind.utils.serializer import MSGPackSerializer
@@ -170,6 +203,7 @@ async def main():
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupted.set)
     node = await P2PTransport.create(Identity.generate())
     print(node.p2pd_pid, flush=True)
+    logging.getLogger("hivemind.dht").warning("as hivemind says of every peer that is away")
     await interrupted.wait()
     await asyncio.sleep(0.2)
     print("p2pd", "lost" if node.lost.is_set() else "alive", flush=True)
@@ -179,28 +213,32 @@ asyncio.run(main())
 """
 
 
-def start_host() -> tuple[subprocess.Popen[str], psutil.Process]:
-    host = subprocess.Popen(
+@contextmanager
+def host() -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
+    """A process that holds a node, in a process group of its own; and its p2pd."""
+    with subprocess.Popen(
         [sys.executable, "-c", HOST],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    )
-    assert host.stdout is not None
-    return host, psutil.Process(int(host.stdout.readline()))
+    ) as process:
+        try:
+            assert process.stdout is not None
+            yield process, psutil.Process(int(process.stdout.readline()))
+        finally:
+            process.kill()
 
 
 def test_p2pd_goes_when_its_host_is_killed() -> None:
-    host, p2pd = start_host()
-    host.kill()
-    host.communicate()
-    p2pd.wait(timeout=5)
+    with host() as (process, p2pd):
+        process.kill()
+        p2pd.wait(timeout=5)
 
 
 def test_ctrl_c_reaches_the_host_only_and_the_terminal_stays_quiet() -> None:
-    host, p2pd = start_host()
-    os.killpg(host.pid, signal.SIGINT)
-    out, err = host.communicate(timeout=PATIENCE)
-    assert (host.returncode, out, err) == (0, "p2pd alive\n", "")
-    assert not p2pd.is_running()
+    with host() as (process, p2pd):
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=PATIENCE)
+        assert (process.returncode, out, err) == (0, "p2pd alive\n", "")
+        assert not p2pd.is_running()

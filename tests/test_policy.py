@@ -240,16 +240,16 @@ def test_batches_within_a_budget_hold_all_prompts_in_order(policy: Policy) -> No
 @pytest.mark.parametrize(
     ("top_p", "top_k", "expected"),
     [
-        (1.0, 0, [0.1, 0.4, 0.3, 0.2]),
-        (1.0, 2, [0.0, 0.4, 0.3, 0.0]),
-        (0.7, 0, [0.0, 0.4, 0.3, 0.0]),
-        (0.71, 0, [0.0, 0.4, 0.3, 0.2]),
-        (0.5, 2, [0.0, 0.4, 0.0, 0.0]),  # 0.4 is more than half of what top_k left
-        (1e-9, 0, [0.0, 0.4, 0.0, 0.0]),
+        (1.0, 0, [0.0625, 0.5, 0.25, 0.1875]),
+        (1.0, 2, [0.0, 0.5, 0.25, 0.0]),
+        (0.75, 0, [0.0, 0.5, 0.25, 0.0]),
+        (0.76, 0, [0.0, 0.5, 0.25, 0.1875]),
+        (0.5, 2, [0.0, 0.5, 0.0, 0.0]),  # more than half of the 0.75 that top_k left
+        (1e-9, 0, [0.0, 0.5, 0.0, 0.0]),
     ],
 )
 def test_narrow(top_p: float, top_k: int, expected: list[float]) -> None:
-    probabilities = torch.tensor([[0.1, 0.4, 0.3, 0.2]], dtype=torch.float64)
+    probabilities = torch.tensor([[0.0625, 0.5, 0.25, 0.1875]], dtype=torch.float64)
     assert narrow(probabilities, top_p, top_k).tolist() == [expected]
 
 

@@ -87,7 +87,7 @@ def test_the_step_agrees_with_adamw_of_torch_in_double_precision() -> None:
 
 
 def test_the_parent_state_stays_as_it_is() -> None:
-    state = PolicyState.initial(integer_floats("p", CHUNK_VALUES + 5, 110, 127))
+    state = steps(integer_floats("p", CHUNK_VALUES + 5, 110, 127), [torch.ones(CHUNK_VALUES + 5)] * 3)
     before = bytes(state_bytes(state))
     adamw_step(state, torch.ones(CHUNK_VALUES + 5), SCALARS[0], out=state.empty_like())
     assert bytes(state_bytes(state)) == before

@@ -93,6 +93,22 @@ def test_frames_arrive_whole_in_order_and_counted(bed: Bed) -> None:
     bed(scenario)
 
 
+def test_a_frame_may_come_in_pieces(bed: Bed) -> None:
+    async def scenario(server: ServingTransport, client: ServingTransport) -> None:
+        async def dribble(stream: Stream) -> None:
+            await send_raw(stream, (5 * 200_000).to_bytes(4, "big"))
+            for _ in range(5):
+                stream._writer.write(bytes(200_000))  # type: ignore[attr-defined]  # all before the reader wakes up
+            await stream.receive(1, PATIENCE)
+
+        await server.serve_stream("dribble", dribble)
+        async with await client.open_stream(server.peer_id, "dribble") as stream:
+            assert await stream.receive(MIB) == bytes(5 * 200_000)
+            await stream.send(b"")
+
+    bed(scenario)
+
+
 def test_an_announced_giant_is_refused_before_its_body_is_read(bed: Bed) -> None:
     async def scenario(server: ServingTransport, client: ServingTransport) -> None:
         outcome: asyncio.Future[tuple[Exception, int]] = asyncio.get_running_loop().create_future()
@@ -279,9 +295,18 @@ def test_hints_are_found_by_key_and_peer(bed: Bed) -> None:
 
 def test_closing_ends_streams_and_may_be_repeated(bed: Bed) -> None:
     async def scenario(server: ServingTransport, client: ServingTransport) -> None:
+        ended = asyncio.Event()
+
+        async def wait(stream: Stream) -> None:
+            with pytest.raises(RemoteError):
+                await stream.receive(MIB, PATIENCE)
+            ended.set()
+
         await server.serve_stream("echo", echo)
         await server.serve_call("echo", echo_call)
+        await client.serve_stream("wait", wait)
         await client.call(server.peer_id, "echo", b"")
+        await server.open_stream(client.peer_id, "wait")
         stream = await client.open_stream(server.peer_id, "echo")
         await stream.send(b"hello")
         assert await stream.receive(MIB) == b"hello"
@@ -289,6 +314,7 @@ def test_closing_ends_streams_and_may_be_repeated(bed: Bed) -> None:
         await server.close()
         with pytest.raises(RemoteError):
             await stream.receive(MIB, PATIENCE)
+        await ended.wait()
         with pytest.raises(RemoteError):
             await client.call(server.peer_id, "echo", b"", timeout=5)
         with pytest.raises(RemoteError, match="closed"):

@@ -73,7 +73,7 @@ class Float32(Codec):
         return 4 * values
 
     def encode(self, chunk: Tensor) -> bytes:
-        chunk = _checked(chunk)
+        _check(chunk)
         require_finite(chunk, "The vector to encode")
         return chunk.numpy().astype("<f4", copy=False).tobytes()
 
@@ -110,7 +110,7 @@ class MxInt8(Codec):
     def encode(self, chunk: Tensor) -> bytes:
         # Integer operations, and float ones whose operands and results are normal and exact: no floating-point state
         # of the thread matters here.
-        chunk = _checked(chunk)
+        _check(chunk)
         values = chunk.numel()
         blocks = pad(chunk, (0, -values % BLOCK)).view(-1, BLOCK)
         magnitude = blocks.view(torch.int32) & _MAGNITUDE
@@ -176,11 +176,10 @@ def decode_vector(codec: Codec, data: bytes | memoryview, values: int) -> Tensor
     return vector
 
 
-def _checked(chunk: Tensor) -> Tensor:
+def _check(chunk: Tensor) -> None:
     assert chunk.dtype == torch.float32
     assert chunk.dim() == 1
     assert 0 < chunk.numel() <= CHUNK_VALUES
-    return chunk.contiguous()
 
 
 def _blocks(values: int) -> int:

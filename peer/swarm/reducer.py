@@ -1,7 +1,7 @@
 """One reducer's span: take in every sender's chunks, check them, and reduce those that the seal names."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hivegrpo.peer.swarm.codecs import Codec, get_codec
@@ -10,10 +10,13 @@ from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.checks import MAX_NORM_BYTES
 from hivegrpo.protocol.chunks import chunk_count, chunk_values
 from hivegrpo.protocol.envelope import Opened
-from hivegrpo.protocol.errors import FrameError, RosterError
+from hivegrpo.protocol.errors import CommitmentError, FrameError, RosterError
 from hivegrpo.protocol.merkle import check_range, leaf_hash
 from hivegrpo.protocol.scalars import fp32_from_bits
 from hivegrpo.protocol.transport.base import Stream
+
+MAX_NORM_SQUARED = 1 << (298 + 120)
+"""Largest squared norm of a contribution's span, in units of 2^-298: beyond 2^60 its square overflows in the step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +78,10 @@ class SpanReducer:
         leaves = [leaf_hash(chunk) for chunk in chunks]
         total = chunk_count(self.plan.message.values)
         check_range(self._roots[sender], total, self.layout.chunks, leaves, proof)
-        self._norms[sender] = await asyncio.to_thread(self._norm_squared, chunks)
-        self._chunks[sender] = chunks
+        norm_squared = await asyncio.to_thread(self._norm_squared, chunks)
+        if norm_squared > MAX_NORM_SQUARED:
+            raise CommitmentError(f"{sender} contributes values so large that the step would overflow")
+        self._norms[sender], self._chunks[sender] = norm_squared, chunks
         if len(self._chunks) == len(self._roots):
             self.all_complete.set()
 
@@ -93,14 +98,8 @@ class SpanReducer:
         return all(sealed.peer in self._chunks for sealed in seal.contributors)
 
     def reduce(self, seal: pb.Seal) -> bytes:
-        """Apply the plan's rule to the sealed chunks and encode the result once: the span's bytes."""
-        rule = get_rule(self.plan.message.rule)
-        coefficients = [fp32_from_bits(sealed.coefficient) for sealed in seal.contributors]
-        parts = []
-        for index, values in enumerate(self.layout.values):
-            chunks = [self._codec.decode(self._chunks[sealed.peer][index], values) for sealed in seal.contributors]
-            parts.append(self._codec.encode(rule.reduce(chunks, coefficients)))
-        return b"".join(parts)
+        """The span's bytes, from the sealed senders' chunks."""
+        return reduce_span(self.plan.message, self.span, seal, self._chunks)
 
     def _norm_squared(self, chunks: list[bytes]) -> int:
         return sum(
@@ -112,3 +111,17 @@ class SpanReducer:
         if len(chunk) != size:
             raise FrameError(f"a chunk of {len(chunk)} bytes where the plan says {size}")
         return chunk
+
+
+def reduce_span(plan: pb.RoundPlan, span: int, seal: pb.Seal, chunks: Mapping[str, Sequence[bytes]]) -> bytes:
+    """A span's bytes: the plan's rule over the sealed senders' chunks (by peer id), encoded once.
+
+    A canonical function of committed bytes: whoever has the chunks gets the same bytes.
+    """
+    codec, rule = get_codec(plan.codec), get_rule(plan.rule)
+    coefficients = [fp32_from_bits(sealed.coefficient) for sealed in seal.contributors]
+    parts = []
+    for index, values in enumerate(SpanLayout.of(plan, span).values):
+        decoded = [codec.decode(chunks[sealed.peer][index], values) for sealed in seal.contributors]
+        parts.append(codec.encode(rule.reduce(decoded, coefficients)))
+    return b"".join(parts)

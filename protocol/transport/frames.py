@@ -87,14 +87,20 @@ class FramedStream(Stream):
             async with asyncio.timeout(CLOSE_SECONDS):
                 await self._writer.wait_closed()
         except OSError:
-            pass  # also TimeoutError: the other side does not read; what is left is dropped
-        finally:
+            self.abort()  # also TimeoutError: the other side does not read; what is left is dropped
+        except BaseException:
             self.abort()
+            raise
+        else:
+            self._end()  # asyncio's transport is gone: aborting it now would fail
 
     def abort(self) -> None:
         """Drop the stream at once, with whatever was not sent yet."""
         self._open = False
         self._writer.transport.abort()
+        self._end()
+
+    def _end(self) -> None:
         on_end, self._on_end = self._on_end, _ended
         on_end(self)
 

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, Self
 
@@ -33,8 +33,8 @@ from hivegrpo.protocol.transport.serving import MAX_HINT_BYTES, PROTOCOL, Servin
 STREAM_BUFFER = 256 << 10
 """Bytes that a stream which we opened reads ahead, about."""
 
-JOIN_SECONDS = 5.0
-"""How long a node tries to join the DHT when it starts; it works without."""
+DHT_SECONDS = 5.0
+"""How long a node waits for the DHT when it joins or leaves a hint; everything works without."""
 
 MAX_HINT_SECONDS = 86_400.0
 MAX_KEYS = 1024
@@ -61,6 +61,7 @@ class P2PTransport(ServingTransport):
         self._daemon = daemon
         self._p2p = p2p
         self._dht: DHTNode | None = None
+        self._dht_work: set[asyncio.Task[Any]] = set()
         self._addresses = addresses
         self._spawn(self._watch())
 
@@ -89,7 +90,8 @@ class P2PTransport(ServingTransport):
         try:
             if dht:
                 self._dht = await _start_dht(p2p)
-                await self._join_dht(peers)
+                if peers and not await self._in_dht(self._join_dht(peers), DHT_SECONDS):
+                    log.warning("no DHT: no initial peer answered; going on without", peers=list(peers.values()))
         except BaseException:
             await self.close()
             raise
@@ -130,23 +132,20 @@ class P2PTransport(ServingTransport):
             raise FrameError(f"a hint of {len(value)} bytes; at most {MAX_HINT_BYTES} may be left")
         if self._dht is not None and not self.closed:
             expires = get_dht_time() + min(ttl, MAX_HINT_SECONDS)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(JOIN_SECONDS):
-                    await self._dht.store(PROTOCOL + key, value, expires, subkey=self.peer_id)
+            await self._in_dht(self._dht.store(PROTOCOL + key, value, expires, subkey=self.peer_id), DHT_SECONDS)
 
     async def find(self, key: str, timeout: float = 5.0) -> dict[str, bytes]:
         if self._dht is None or self.closed:
             return {}
-        try:
-            async with asyncio.timeout(timeout):
-                found = await self._dht.get(PROTOCOL + key, latest=True)
-        except TimeoutError:
-            return {}
+        found = await self._in_dht(self._dht.get(PROTOCOL + key, latest=True), timeout)
         return {peer: hint.value for peer, hint in found.value.items()} if found else {}
 
     async def close(self) -> None:
         try:
             await super().close()
+            self._p2p.fail_calls()
+            if self._dht_work:
+                await asyncio.wait(self._dht_work, timeout=DHT_SECONDS)
             await self._p2p.shutdown()
         finally:
             await self._daemon.stop()
@@ -194,19 +193,30 @@ class P2PTransport(ServingTransport):
             raise RemoteError("this node's p2pd has ended") from None
         return reader, writer
 
-    async def _join_dht(self, peers: dict[str, str]) -> None:
+    async def _in_dht(self, work: Coroutine[Any, Any, Any], timeout: float) -> Any:
+        """What `work` of the DHT node returns; None if that fails or takes longer.
+
+        It is never cancelled, only waited for no more: a cancelled search leaves tasks behind that wait forever. Each
+        of its own calls ends within three seconds.
+        """
+        task = asyncio.create_task(work)
+        self._dht_work.add(task)
+        task.add_done_callback(self._dht_work.discard)
+        task.add_done_callback(_note)
+        await asyncio.wait({task}, timeout=timeout)
+        return task.result() if task.done() and not task.exception() else None
+
+    async def _join_dht(self, peers: dict[str, str]) -> bool:
+        """Meet the DHT nodes of those peers that answer; whether any did."""
         assert self._dht is not None
         joined = False
-        with suppress(TimeoutError):
-            async with asyncio.timeout(JOIN_SECONDS):
-                for peer_id, address in peers.items():
-                    with suppress(UnreachableError):
-                        await self.connect([address], JOIN_SECONDS)
-                        joined |= await self._dht.protocol.call_ping(PeerID.from_base58(peer_id)) is not None
-                if joined:
-                    await self._dht.find_nearest_nodes([self._dht.node_id])
-        if peers and not joined:
-            log.warning("no DHT: none of the initial peers answered; going on without", peers=list(peers.values()))
+        for peer_id, address in peers.items():
+            with suppress(UnreachableError):
+                await self.connect([address], DHT_SECONDS)
+                joined |= await self._dht.protocol.call_ping(PeerID.from_base58(peer_id)) is not None
+        if joined:
+            await self._dht.find_nearest_nodes([self._dht.node_id])
+        return joined
 
     async def _watch(self) -> None:
         await self._daemon.ended.wait()
@@ -228,10 +238,12 @@ class _P2P(P2P):  # type: ignore[misc]  # hivemind is not typed
         self._failed = asyncio.get_running_loop().create_future()
 
     async def call_protobuf_handler(self, *args: Any, **kwargs: Any) -> Any:
+        if self._failed.done():
+            raise P2PDaemonError("this node is closing")
         call = asyncio.ensure_future(super().call_protobuf_handler(*args, **kwargs))
         self._calls.add(call)
         call.add_done_callback(self._calls.discard)
-        call.add_done_callback(lambda call: call.cancelled() or call.exception())
+        call.add_done_callback(_note)
         await asyncio.wait({call, self._failed}, return_when=asyncio.FIRST_COMPLETED)
         if call.done():
             return call.result()
@@ -247,6 +259,12 @@ class _P2P(P2P):  # type: ignore[misc]  # hivemind is not typed
         await super().shutdown()
         for call in self._calls:
             call.cancel()
+
+
+def _note(work: asyncio.Future[Any]) -> None:
+    """Hints may fail; but an exception that nobody looks at is shown on the terminal."""
+    if not work.cancelled() and (error := work.exception()):
+        log.debug("in the DHT", error=repr(error))
 
 
 async def _start_dht(p2p: _P2P) -> DHTNode:

@@ -1,0 +1,39 @@
+.PHONY: install test lint demo bench proto
+.DEFAULT_GOAL := install
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PACKAGES := cli coordinator peer protocol
+
+install: $(INSTALLED)  ## a virtual environment with the pinned set and hivegrpo, editable
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "hivegrpo needs Python 3.11 or newer: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+test: install  ## every test
+	$(BIN)/python -m pytest
+
+lint: install .typing  ## style, formatting, strict types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	MYPYPATH=.typing $(BIN)/mypy -p hivegrpo
+
+# Type checkers need a folder named hivegrpo, which the tree does not have.
+.typing: Makefile
+	mkdir -p $@/hivegrpo
+	for package in $(PACKAGES); do ln -sfn ../../$$package $@/hivegrpo/$$package; done
+	touch $@
+
+demo: install  ## a coordinator and three peers on this machine train a small model
+	$(BIN)/hivegrpo demo
+
+bench: install  ## averaging, against hivemind's
+	$(BIN)/python benchmarks/allreduce.py
+
+proto: install  ## protocol/hivegrpo_pb2.py and .pyi, which are committed, from hivegrpo.proto
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iprotocol --python_out=protocol --mypy_out=protocol hivegrpo.proto

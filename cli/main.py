@@ -1,0 +1,143 @@
+"""The command `hivegrpo`: parse, then import what the command needs. Nothing here imports torch."""
+
+import sys
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hivegrpo.protocol.errors import HiveError
+
+app = typer.Typer(
+    help="Volunteers' machines train one language model together, by reinforcement learning.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+coordinator_app = typer.Typer(help="Launch a run: admit peers, time the rounds, sign the versions.")
+peer_app = typer.Typer(help="Take part in a run with this machine.")
+app.add_typer(coordinator_app, name="coordinator", no_args_is_help=True)
+app.add_typer(peer_app, name="peer", no_args_is_help=True)
+
+Home = Annotated[Path | None, typer.Option(help="Folder of its own; runs/<run id>/<role> in the state folder if not.")]
+Host = Annotated[str | None, typer.Option(help="Address to listen on; all of this machine's if left out.")]
+Port = Annotated[int | None, typer.Option(help="Port to listen on; a free one, which is kept, if left out.")]
+Dht = Annotated[bool | None, typer.Option("--dht/--no-dht", help="Find others through the DHT too (default: yes).")]
+Json = Annotated[bool, typer.Option("--json", help="JSON lines on stdout; stops when their reader goes away.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log details to stderr.")]
+Run = Annotated[str | None, typer.Argument(help="A run's folder or address; the latest run here if left out.")]
+Revision = Annotated[str, typer.Option(help='"latest", "base", or a version number.')]
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    show_version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    """Options of the command itself."""
+    if show_version:
+        typer.echo(installed_version("hivegrpo"))
+        raise typer.Exit
+
+
+@coordinator_app.command("run")
+def run_coordinator(
+    config: Annotated[Path, typer.Option("--config", "-c", help="run.toml: what the run is.")],
+    home: Home = None,
+    host: Host = None,
+    port: Port = None,
+    dht: Dht = None,
+    new: Annotated[bool, typer.Option("--new", help="Begin a new run, even if one of this config can go on.")] = False,
+    exit_when_finished: Annotated[
+        bool | None,
+        typer.Option("--exit-when-finished/--keep-serving", help="After the last version (default: keep serving)."),
+    ] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Launch a run, or go on with the unfinished one of the same config. Prints the line that peers paste."""
+    from hivegrpo.cli.launch_coordinator import launch
+
+    flags = {"home": home, "host": host, "port": port, "dht": dht, "exit_when_finished": exit_when_finished}
+    launch(config, flags, new=new, as_json=as_json, verbose=verbose)
+
+
+@peer_app.command("run")
+def run_peer(
+    address: Annotated[str, typer.Argument(help="The run's address, as its coordinator printed it.")],
+    home: Home = None,
+    host: Host = None,
+    port: Port = None,
+    dht: Dht = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch; cores / peers here if left out.")] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Join a run and work until it is finished. The first Ctrl-C leaves gracefully, the second at once."""
+    from hivegrpo.cli.launch_peer import launch
+
+    flags = {"home": home, "host": host, "port": port, "dht": dht, "device": device, "threads": threads}
+    launch(address, flags, as_json=as_json, verbose=verbose)
+
+
+@app.command()
+def demo(
+    peers: Annotated[int, typer.Option(min=1, max=16, help="Peers to start beside the coordinator.")] = 3,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Another run.toml than the one shipped.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write what happened to this file, as JSON.")] = None,
+) -> None:
+    """A coordinator and some peers on this machine teach a small model to add."""
+    from hivegrpo.cli.demo import run_demo
+
+    run_demo(peers=peers, config=config, report=report)
+
+
+@app.command()
+def chat(
+    run: Run = None,
+    revision: Revision = "latest",
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and exit.")] = None,
+) -> None:
+    """Talk to the model that a run has trained so far."""
+    from hivegrpo.peer.inference.chat import chat as start_chat
+
+    start_chat(run, revision, prompt)
+
+
+@app.command()
+def export(
+    to: Annotated[Path, typer.Option(help="Folder to write; must not exist, or be empty.")],
+    run: Run = None,
+    revision: Revision = "latest",
+    adapter: Annotated[bool, typer.Option("--adapter", help="Only the adapter, not merged into the base.")] = False,
+) -> None:
+    """Write the trained model as a Hugging Face folder."""
+    from hivegrpo.peer.inference.export import export as write
+
+    write(run, to, revision, adapter)
+
+
+@app.command()
+def check(
+    run: Annotated[Path | None, typer.Argument(help="A run's folder; the latest run here if left out.")] = None,
+) -> None:
+    """Verify a run's invariants from what its coordinator and peers on this machine wrote down."""
+    from hivegrpo.cli.check_run import check_run
+
+    check_run(run)
+
+
+def main() -> None:
+    """Entry point: the user's mistakes end in one paragraph and an exit code, anything unexpected in a traceback."""
+    try:
+        app()
+    except HiveError as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""How each event changes the state: deterministic, and in place: copying ten thousand peers would be quadratic."""
+
+from collections.abc import Iterable
+from typing import assert_never
+
+from hivegrpo.coordinator import events as ev
+from hivegrpo.coordinator.round import EVALUATION_PREFIX, Attempt, Granted, Held, Round, ballot_of
+from hivegrpo.coordinator.state import Head, Member, Phase, State
+from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.envelope import digest_of, parse
+
+
+def apply(state: State, event: ev.Event) -> None:
+    """Take one event into the state."""
+    match event:
+        case ev.CoordinatorStarted(at=at):
+            _start(state, at)
+        case ev.PeerJoined():
+            _join(state, event)
+        case ev.PeerDisconnected(at=at, peer=peer):
+            _disconnect(state, peer, at)
+        case ev.PeerLeft(at=at, peer=peer):
+            _leave(state, peer, at)
+        case ev.PeerReady(peer=peer, version=version, state_root=root):
+            _hold(state, peer, version, root)
+        case ev.LeaseGranted(at=at, payload=payload):
+            _grant(state, payload, at)
+        case ev.LeaseExpired(lease=lease):
+            _expire(state, lease)
+        case ev.ContributionReceived(signed=signed):
+            _contribute(state, parse(pb.Signed, signed))
+        case ev.ContributionRejected(peer=peer):
+            _reject(state, peer)
+        case ev.RolloutClosed(at=at):
+            state.phase = Phase.PLAN
+            state.round.closed_at = at
+        case ev.PlanMade(at=at, payload=payload):
+            _plan(state, payload, at)
+        case ev.SendersReported(signed=signed):
+            _report_senders(state, parse(pb.Signed, signed))
+        case ev.SealMade(at=at, payload=payload):
+            _seal(state, payload, at)
+        case ev.StepReported(at=at, signed=signed):
+            _vote(state, parse(pb.Signed, signed), at)
+        case ev.AttemptFailed(at=at, reason=reason):
+            state.phase = Phase.PLAN
+            state.round.attempt = None
+            state.round.closed_at = at
+            state.trouble = reason
+        case ev.RoundAbandoned(reason=reason):
+            state.trouble = reason
+            _begin_rollout(state)
+        case ev.RoundEmpty():
+            state.empty_rounds += 1
+            _begin_rollout(state)
+        case ev.VersionCommitted(payload=payload):
+            _commit(state, payload)
+        case _:
+            assert_never(event)
+
+
+def _start(state: State, at: float) -> None:
+    for peer in list(state.connected):
+        _disconnect(state, peer, at)
+    current = state.round
+    for peer in current.absent:
+        current.absent[peer] = at
+    for lease in state.leases.values():
+        lease.at = at
+    if current.rollout_at is not None:
+        current.rollout_at = at
+    current.closed_at = at
+    if current.attempt is not None:
+        current.attempt.planned_at = at
+        current.attempt.sealed_at = at
+        if current.attempt.quorum_at is not None:
+            current.attempt.quorum_at = at
+
+
+def _join(state: State, event: ev.PeerJoined) -> None:
+    member = state.members.get(event.peer)
+    if member is None:
+        state.members[event.peer] = Member(event.addresses, event.agent, event.at)
+    else:
+        member.addresses, member.agent = event.addresses, event.agent
+        member.connected, member.left, member.since = True, False, event.at
+    state.connected[event.peer] = None
+    state.round.absent.pop(event.peer, None)
+    _offer(state, event.peer)
+
+
+def _disconnect(state: State, peer: str, at: float) -> None:
+    member = state.members[peer]
+    if not member.connected:
+        return
+    member.connected, member.since = False, at
+    for group in (state.connected, state.unserved, state.idle):
+        group.pop(peer, None)
+    if member.lease is not None or peer in state.round.contributions:
+        state.round.absent[peer] = at
+
+
+def _leave(state: State, peer: str, at: float) -> None:
+    _disconnect(state, peer, at)
+    state.members[peer].left = True
+    if peer in state.round.absent:
+        state.round.absent[peer] = at - state.terms.config.timing.grace
+        state.round.absent.move_to_end(peer, last=False)
+
+
+def _hold(state: State, peer: str, version: int, root: bytes) -> None:
+    member = state.members[peer]
+    member.ready, member.ready_root = version, root
+    _offer(state, peer)
+
+
+def _offer(state: State, peer: str) -> None:
+    """Note that a peer could be leased work, if so."""
+    member = state.members[peer]
+    if member.connected and peer not in state.round.served:
+        state.unserved[peer] = None
+        if member.ready == max(state.version, 0):
+            state.idle[peer] = None
+
+
+def _grant(state: State, payload: bytes, at: float) -> None:
+    lease = parse(pb.Lease, payload)
+    current = state.round
+    state.leases[lease.id] = Granted(lease, payload, at)
+    state.next_lease = lease.id + 1
+    state.positions.take(range(lease.start, lease.start + lease.count))
+    state.members[lease.peer].lease = lease.id
+    state.unserved.pop(lease.peer, None)
+    state.idle.pop(lease.peer, None)
+    current.served[lease.peer] = lease.id
+    current.leased += lease.count
+    current.evaluating = current.evaluating or lease.evaluate
+    if current.rollout_at is None:
+        current.rollout_at = at
+
+
+def _expire(state: State, lease_id: int) -> None:
+    lease = _end_lease(state, lease_id)
+    state.positions.give_back(range(lease.start, lease.start + lease.count))
+    current = state.round
+    if lease.evaluate:
+        current.evaluating = False
+    current.served.pop(lease.peer)
+    current.absent.pop(lease.peer, None)
+    if not state.leases and not current.contributions:
+        current.rollout_at = None
+    _offer(state, lease.peer)
+
+
+def _end_lease(state: State, lease_id: int) -> pb.Lease:
+    lease = state.leases.pop(lease_id).message
+    state.members[lease.peer].lease = None
+    state.round.leased -= lease.count
+    return lease
+
+
+def _contribute(state: State, signed: pb.Signed) -> None:
+    contribution = parse(pb.Contribution, signed.payload)
+    current = state.round
+    lease = _end_lease(state, contribution.lease)
+    state.positions.give_back(sorted(lease.start + offset for offset in contribution.returned))
+    current.spent += len(contribution.used) + len(contribution.dropped)
+    if lease.evaluate:
+        current.evaluation = {
+            name: value for name, value in contribution.metrics.items() if name.startswith(EVALUATION_PREFIX)
+        }
+    digest = digest_of(signed.payload)
+    if contribution.weight:
+        current.contributions[lease.peer] = Held(lease, contribution, digest)
+    else:
+        current.empties[lease.peer] = digest
+        current.absent.pop(lease.peer, None)
+
+
+def _reject(state: State, peer: str) -> None:
+    current = state.round
+    held = current.contributions.pop(peer)
+    state.positions.give_back(sorted(held.lease.start + offset for offset in held.message.used))
+    current.spent -= len(held.message.used)
+    current.served.pop(peer)
+    current.absent.pop(peer, None)
+    _offer(state, peer)
+
+
+def _plan(state: State, payload: bytes, at: float) -> None:
+    plan = parse(pb.RoundPlan, payload)
+    current = state.round
+    roster = frozenset(contributor.peer for contributor in plan.contributors)
+    current.attempt = Attempt(plan, payload, digest_of(payload), at, roster)
+    current.attempts = plan.attempt
+    current.tries += 1
+    state.phase = Phase.EXCHANGE
+
+
+def _report_senders(state: State, signed: pb.Signed) -> None:
+    report = parse(pb.SenderReport, signed.payload)
+    attempt = state.round.attempt
+    assert attempt is not None
+    attempt.reports[signed.signer] = frozenset(complete.peer for complete in report.complete)
+
+
+def _seal(state: State, payload: bytes, at: float) -> None:
+    attempt = state.round.attempt
+    assert attempt is not None
+    attempt.seal = parse(pb.Seal, payload)
+    attempt.seal_payload, attempt.seal_digest, attempt.sealed_at = payload, digest_of(payload), at
+    state.phase = Phase.STEP
+
+
+def _vote(state: State, signed: pb.Signed, at: float) -> None:
+    report = parse(pb.StepReport, signed.payload)
+    ballot = ballot_of(report)
+    current, last = state.round.attempt, state.last
+    if current is not None and report.plan == current.digest:
+        current.vote(signed.signer, ballot, at)
+    elif last is not None and report.plan == last.digest:
+        last.vote(signed.signer, ballot, at)
+        if ballot == last.winner():
+            _hold(state, signed.signer, report.version, report.state_root)
+
+
+def _commit(state: State, payload: bytes) -> None:
+    manifest = parse(pb.VersionManifest, payload)
+    attempt = state.round.attempt
+    state.last_lease_digests = {held.message.lease: held.digest for held in state.round.contributions.values()}
+    for contributor in manifest.contributors:
+        state.members[contributor.peer].contributed += 1
+    state.head = Head(manifest, payload, digest_of(payload))
+    state.last = attempt
+    state.empty_rounds = 0
+    state.trouble = ""
+    if attempt is not None:
+        for peer in _voters(attempt, manifest.state.root):
+            state.members[peer].ready, state.members[peer].ready_root = manifest.version, manifest.state.root
+    state.round = Round(manifest.version + 1)
+    _begin_rollout(state)
+    if manifest.version == 0:
+        for peer in list(state.idle):
+            if state.members[peer].ready_root != manifest.state.root:
+                state.members[peer].ready = None
+                del state.idle[peer]
+    if manifest.version == state.terms.config.run.versions:
+        state.phase = Phase.FINISHED
+
+
+def _voters(attempt: Attempt, root: bytes) -> Iterable[str]:
+    return (peer for peer, ballot in attempt.votes.items() if ballot[0] == root)
+
+
+def _begin_rollout(state: State) -> None:
+    before = state.round
+    state.round = Round(before.version, attempts=before.attempts, evaluation=before.evaluation)
+    state.round.evaluating = bool(before.evaluation)
+    state.phase = Phase.ROLLOUT
+    state.unserved = dict(state.connected)
+    held = state.version
+    state.idle = {peer: None for peer in state.connected if state.members[peer].ready == held}

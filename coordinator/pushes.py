@@ -1,0 +1,83 @@
+"""What peers are told: the payloads to be signed that follow from an event, or from the state when a peer joins."""
+
+from dataclasses import dataclass
+
+from hivegrpo.coordinator import events as ev
+from hivegrpo.coordinator.state import Phase, State
+from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.envelope import parse
+
+MAX_HOLDERS = 32
+"""Holders of states that a peer is told of when it joins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Push:
+    """A message for those of `peers` (None: for all) that follow."""
+
+    peers: tuple[str, ...] | None
+    type: str
+    payload: bytes
+
+
+def push_of(event: ev.Event, state: State) -> Push | None:
+    """What an event that has just been applied has for the peers."""
+    match event:
+        case ev.LeaseGranted(payload=payload):
+            return Push((parse(pb.Lease, payload).peer,), "Lease", payload)
+        case ev.PlanMade(payload=payload):
+            return Push(_roster(state), "RoundPlan", payload)
+        case ev.SealMade(payload=payload):
+            return Push(_roster(state), "Seal", payload)
+        case ev.VersionCommitted(payload=payload):
+            return Push(None, "VersionManifest", payload)
+        case _:
+            return None
+
+
+def current_for(state: State, peer: str, *, finished: bool) -> list[Push]:
+    """Whatever a peer that has just joined has to know, in an order in which it can be taken."""
+    to, attempt, lease = (peer,), state.round.attempt, state.members[peer].lease
+    told = [Push(to, "Welcome", _welcome(state, peer))]
+    if state.head is not None:
+        told.append(Push(to, "VersionManifest", state.head.payload))
+    if lease is not None:
+        told.append(Push(to, "Lease", state.leases[lease].payload))
+    if attempt is not None and peer in attempt.roster:
+        told.append(Push(to, "RoundPlan", attempt.payload))
+        if attempt.seal is not None:
+            told.append(Push(to, "Seal", attempt.seal_payload))
+    if finished:
+        told.append(finished_push(state, to))
+    return told
+
+
+def finished_push(state: State, peers: tuple[str, ...] | None = None) -> Push:
+    """The run's end."""
+    assert state.phase is Phase.FINISHED
+    notice = pb.Notice(kind="finished", text=f"version {state.version} was the last; thank you")
+    return Push(peers, "Notice", notice.SerializeToString(deterministic=True))
+
+
+def state_holders(state: State, version: int) -> list[str]:
+    """Connected peers that hold this version or a newer one, those at exactly this version first."""
+    having = [(peer, state.members[peer].ready) for peer in state.connected]
+    able = sorted((ready - version, peer) for peer, ready in having if ready is not None and ready >= version)
+    return [peer for _, peer in able[:MAX_HOLDERS]]
+
+
+def _roster(state: State) -> tuple[str, ...]:
+    assert state.round.attempt is not None
+    return tuple(sorted(state.round.attempt.roster))
+
+
+def _welcome(state: State, asking: str) -> bytes:
+    """The head, and peers that hold it and can be dialled."""
+    holders: list[pb.Endpoint] = []
+    for peer in state.connected:
+        member = state.members[peer]
+        if peer != asking and member.addresses and member.ready == state.version:
+            holders.append(pb.Endpoint(peer=peer, addresses=member.addresses))
+            if len(holders) == MAX_HOLDERS:
+                break
+    return pb.Welcome(head=max(state.version, 0), holders=holders).SerializeToString(deterministic=True)

@@ -1,0 +1,103 @@
+"""The model that a run has trained, in memory, ready to answer or to be written out."""
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hivegrpo.peer.inference.locate import CACHE, FETCH_HINT, LocalRun, is_address, open_run
+from hivegrpo.peer.inference.remote import mirror_run
+from hivegrpo.peer.inference.states import Revision, choose, parse_revision, policy_vector
+from hivegrpo.peer.learn.encoding import load_tokenizer
+from hivegrpo.peer.learn.policy import Policy, choose_device
+from hivegrpo.peer.materials import base_folder
+from hivegrpo.peer.swarm.versions import ref_of
+from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.errors import ConfigError
+from hivegrpo.protocol.identity import Identity
+from hivegrpo.protocol.transport.base import Transport
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A run's policy at one version, or its base."""
+
+    run: LocalRun
+    version: int | None
+    """None is the base, without the adapter."""
+    policy: Policy
+    tokenizer: "PreTrainedTokenizerBase"
+
+    @property
+    def title(self) -> str:
+        """Run and version, for people."""
+        head = self.run.chain.height
+        version = "the base model" if self.version is None else f"version {self.version} of {head}"
+        return f"{self.run.config.run.name} ({self.run.chain.run_id[:16]}), {version}"
+
+    def merged(self) -> "PreTrainedModel":
+        """The base model with the adapter added to its weights; uses the policy up."""
+        model = self.policy.model
+        merged: PreTrainedModel = model.unload() if self.version is None else model.merge_and_unload()
+        return merged
+
+    def answering(self) -> "PreTrainedModel":
+        """The model to sample from; uses the policy up.
+
+        Merged it is faster, but weights of a lower precision would round much of the adapter away.
+        """
+        if self.version is None or self.run.config.model.dtype == "float32":
+            return self.merged()
+        beside: PreTrainedModel = self.policy.model.get_base_model()
+        return beside
+
+
+def load(run: str | None, revision: str, device: str = "auto") -> Trained:
+    """RUN's policy at `revision`: from the homes on this machine, or, for an address, fetched first.
+
+    ConfigError for a wrong folder or revision, UnreachableError for an address where nobody answers, MismatchError for
+    content that is not what the chain or the manifest names.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    wanted = parse_revision(revision)
+    found = find_run(run, wanted)
+    version = None if wanted == "base" else choose(found, wanted)
+    config = found.config
+    folder = base_folder(found.chain.manifest.message, config, _model_store(found), found.folder / CACHE / "model")
+    policy = Policy.load(
+        folder,
+        dtype=config.model.dtype,
+        attn_implementation=config.model.attn_implementation,
+        lora=config.lora,
+        device=choose_device(device),
+    )
+    if version is not None:
+        policy.load_vector(policy_vector(found, version))
+    return Trained(found, version, policy, load_tokenizer(folder))
+
+
+def find_run(run: str | None, revision: Revision) -> LocalRun:
+    """The run that RUN names, with what `revision` needs as far as it can be had."""
+    if run is not None and is_address(run):
+        return open_run(asyncio.run(mirror_run(run, revision, _connect)))
+    return open_run(Path(run).expanduser() if run is not None else None)
+
+
+async def _connect() -> Transport:
+    from hivegrpo.protocol.transport.p2p import P2PTransport  # here: this import takes seconds
+
+    return await P2PTransport.create(Identity.generate(), dht=False)
+
+
+def _model_store(run: LocalRun) -> BlobStore:
+    """The home that has all files of the base; any if the base comes from a hub."""
+    refs = [ref_of(file.blob) for file in run.chain.manifest.message.model]
+    for store in run.stores:
+        if all(map(store.has, refs)):
+            return store
+    raise ConfigError("The base model's files are not on this machine.", FETCH_HINT)

@@ -1,0 +1,178 @@
+"""A run's home, written by hand: a tiny random Qwen2, and versions 0 to 3 of its adapter, as a swarm leaves them.
+
+Of the versions, 2 has its state in the home, 3 the spans that lead there from 2; what led to 1 and 2 is gone.
+"""
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tokenizers import pre_tokenizers
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+from hivegrpo.peer.learn.digests import model_digests
+from hivegrpo.peer.learn.genesis import genesis_parameters
+from hivegrpo.peer.learn.policy import describe_layout
+from hivegrpo.peer.learn.step import PolicyState, adamw_step, state_bytes
+from hivegrpo.peer.swarm.codecs import decode_vector, encode_vector, get_codec
+from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.blobs import BlobRef, blob_ref
+from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.chain import Chain
+from hivegrpo.protocol.chainfile import ChainFile
+from hivegrpo.protocol.chunks import chunk_count, split_evenly
+from hivegrpo.protocol.config import RunConfig
+from hivegrpo.protocol.envelope import PROTOCOL, run_id_of, sign, sign_payload
+from hivegrpo.protocol.identity import Identity
+from hivegrpo.protocol.scalars import StepScalars, fp32_bits
+from support.runs import small_config
+
+PROMPT = "12+34="
+ROWS = b'{"answer":"46","prompt":"12+34="}\n'
+CODEC = "mxint8"
+
+
+@dataclass(frozen=True)
+class MadeRun:
+    """A run's folder with one peer's home in it, and what inference should find there."""
+
+    folder: Path
+    base: Path
+    config: RunConfig
+    coordinator: Identity
+    chain: Chain
+    vectors: list[torch.Tensor]
+    """Parameters of each version."""
+
+    @property
+    def home(self) -> Path:
+        return self.folder / "peer"
+
+    def copy_to(self, folder: Path) -> "MadeRun":
+        """The same run in another folder, to be damaged."""
+        shutil.copytree(self.folder, folder)
+        return replace(self, folder=folder)
+
+    def blob(self, blob: pb.Blob) -> Path:
+        return self.home / "blobs" / blob.root.hex()
+
+    def manifest(self, version: int) -> pb.VersionManifest:
+        return self.chain.entries[version].manifest.message
+
+
+def write_base(folder: Path) -> None:
+    """A byte-level Qwen2 of two layers; wide enough that the adapter spans two chunks, one for each reducer."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<end>", *alphabet])}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token="<end>", eos_token="<end>", pad_token="<pad>")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=96,
+        initializer_range=0.3,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_run(folder: Path, base: Path) -> MadeRun:
+    """Three steps with random gradients, each reduced by two peers, signed as a coordinator would."""
+    coordinator, *peers = sorted((Identity.generate() for _ in range(3)), key=lambda identity: identity.peer_id)
+    config = small_config(lora={"r": 8}, averaging={"codec": CODEC}, grpo={"max_completion_length": 8})
+    home = folder / "peer"
+    store = BlobStore(home / "blobs")
+    layout = describe_layout(base, config.lora)
+    manifest = pb.RunManifest(
+        protocol=PROTOCOL,
+        coordinator=coordinator.peer_id,
+        config=config.published().canonical_json(),
+        nonce=bytes(16),
+        model=[pb.File(name=path.name, blob=as_blob(store.add_file(path))) for path in sorted(base.iterdir())],
+        digests=model_digests(base),
+        dataset=pb.File(name="rows.jsonl", blob=as_blob(store.add_bytes(ROWS))),
+        rows=1,
+        layout=[pb.Tensor(name=name, shape=shape) for name, shape in layout],
+    )
+    payload = manifest.SerializeToString(deterministic=True)
+    run_id = run_id_of(payload)
+    signed = sign_payload(coordinator, run_id, "RunManifest", payload)
+    chainfile = ChainFile.create(home, signed, coordinator.peer_id)
+    state = PolicyState.initial(genesis_parameters(layout, config.run.seed))
+    genesis = pb.VersionManifest(version=0, parent=chainfile.chain.manifest.digest, state=state_blob(state))
+    chainfile.append(pb.ChainEntry(manifest=sign(coordinator, run_id, genesis)))
+    vectors = [state.parameters.clone()]
+    for version in (1, 2, 3):
+        state, spans, entry = take_step(coordinator, [peer.peer_id for peer in peers], run_id, chainfile.chain, state)
+        chainfile.append(entry)
+        vectors.append(state.parameters.clone())
+        if version == 2:
+            store.add_bytes(state_bytes(state))
+        if version == 3:
+            assert len([store.add_bytes(span) for span in spans]) == 2
+    return MadeRun(folder, base, config, coordinator, chainfile.chain, vectors)
+
+
+def take_step(
+    coordinator: Identity, peers: list[str], run_id: str, chain: Chain, state: PolicyState
+) -> tuple[PolicyState, list[bytes], pb.ChainEntry]:
+    version = chain.height + 1
+    head = chain.entries[-1].manifest
+    values = state.parameters.numel()
+    codec = get_codec(CODEC)
+    chunks = encode_vector(codec, torch.randn(values, generator=torch.Generator().manual_seed(version)))
+    shares = split_evenly(chunk_count(values), len(peers))
+    spans = [b"".join(chunks[share.start : share.stop]) for share in shares]
+    scalars = StepScalars.for_step(version, learning_rate=1e-2, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.01)
+    shadow = state.empty_like()
+    adamw_step(state, decode_vector(codec, b"".join(chunks), values), scalars, out=shadow)
+    contributors = [pb.Contributor(peer=peer, lease=1, weight=1, root=bytes(32)) for peer in peers]
+    plan = pb.RoundPlan(
+        version=version,
+        parent=head.digest,
+        attempt=1,
+        codec=CODEC,
+        rule="mean",
+        values=values,
+        contributors=contributors,
+        reducers=[
+            pb.Reducer(peer=peer, addresses=[f"/ip4/127.0.0.1/tcp/1/p2p/{peer}"], first=share.start, chunks=len(share))
+            for peer, share in zip(peers, shares, strict=True)
+        ],
+        scalars=scalars.to_bits(),
+        exchange_seconds=1.0,
+        step_seconds=1.0,
+    )
+    signed_plan = sign(coordinator, run_id, plan)
+    plan_digest = bytes.fromhex(run_id_of(signed_plan.payload))
+    seal = pb.Seal(plan=plan_digest, contributors=[pb.Sealed(peer=peer, coefficient=fp32_bits(0.5)) for peer in peers])
+    signed_seal = sign(coordinator, run_id, seal)
+    manifest = pb.VersionManifest(
+        version=version,
+        parent=head.digest,
+        plan=plan_digest,
+        seal=bytes.fromhex(run_id_of(signed_seal.payload)),
+        spans=[as_blob(blob_ref(span)) for span in spans],
+        state=state_blob(shadow),
+        contributors=contributors,
+    )
+    return (
+        shadow,
+        spans,
+        pb.ChainEntry(manifest=sign(coordinator, run_id, manifest), plan=signed_plan, seal=signed_seal),
+    )
+
+
+def as_blob(ref: BlobRef) -> pb.Blob:
+    return pb.Blob(root=ref.root, size=ref.size)
+
+
+def state_blob(state: PolicyState) -> pb.Blob:
+    return as_blob(blob_ref(state_bytes(state)))

@@ -1,0 +1,98 @@
+"""Group commit: one transaction for what happens together, and nothing follows before it is on disk."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from hivegrpo.coordinator.events import CoordinatorStarted, Event
+from hivegrpo.coordinator.journal import Journal
+from hivegrpo.coordinator.log import EventLog
+from hivegrpo.protocol.errors import ConfigError, RemoteError
+
+RUN = "ab" * 32
+
+
+class Disk(EventLog):
+    """A log that notes its transactions, and can be made to fail."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, RUN)
+        self.transactions: list[int] = []
+        self.full = False
+
+    def append(self, events: Sequence[Event]) -> None:
+        if self.full:
+            raise ConfigError("Cannot write: the disk is full.", "Free disk space.")
+        super().append(events)
+        self.transactions.append(len(events))
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Disk:
+    return Disk(tmp_path / "events.sqlite")
+
+
+def started(at: float) -> Event:
+    return CoordinatorStarted(at)
+
+
+def test_what_happens_together_is_written_together_and_followed_up_in_order(disk: Disk) -> None:
+    followed: list[tuple[float, int]] = []
+
+    async def report(journal: Journal, at: float) -> None:
+        journal.add(started(at), lambda: followed.append((at, len(disk.transactions))))
+        await journal.written()
+        assert (at, 1) in followed, "it is answered after it was written"
+
+    async def test() -> None:
+        journal = Journal(disk, pytest.fail)
+        await asyncio.gather(*(report(journal, at) for at in (1.0, 2.0, 3.0)))
+        assert journal.idle
+
+    asyncio.run(test())
+    assert disk.transactions == [3]
+    assert followed == [(1.0, 1), (2.0, 1), (3.0, 1)]
+    assert list(disk.replay()) == [started(at) for at in (1.0, 2.0, 3.0)]
+    disk.close()
+
+
+def test_after_a_failure_nothing_is_written_and_nothing_follows(disk: Disk) -> None:
+    errors: list[Exception] = []
+
+    async def test() -> None:
+        journal = Journal(disk, errors.append)
+        disk.full = True
+        journal.add(started(1.0), pytest.fail)
+        with pytest.raises(RemoteError, match="is stopping"):
+            await journal.written()
+        disk.full = False
+        journal.add(started(2.0), pytest.fail)
+        with pytest.raises(RemoteError, match="is stopping"):
+            await journal.written()
+
+    asyncio.run(test())
+    assert [str(error) for error in errors] == ["Cannot write: the disk is full. Free disk space."]
+    assert list(disk.replay()) == [], "an event after the lost one would be a gap"
+    disk.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"), [(OSError(28, "No space left on device"), ConfigError), (ZeroDivisionError(), ZeroDivisionError)]
+)
+def test_an_effect_that_fails_is_a_failure_too(disk: Disk, error: Exception, seen: type[Exception]) -> None:
+    errors: list[Exception] = []
+
+    def fail() -> None:
+        raise error
+
+    async def test() -> None:
+        journal = Journal(disk, errors.append)
+        journal.add(started(1.0), fail)
+        with pytest.raises(RemoteError):
+            await journal.written()
+
+    asyncio.run(test())
+    assert [type(error) for error in errors] == [seen]
+    disk.close()
