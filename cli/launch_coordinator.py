@@ -1,6 +1,7 @@
 """`hivegrpo coordinator run`."""
 
 import asyncio
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from hivegrpo.protocol.envelope import parse
 from hivegrpo.protocol.identity import Identity
 
 STATUS_SECONDS = 1.0
+REPEAT_SECONDS = 5.0
 
 
 def launch(config: Path, flags: dict[str, Any], *, new: bool, as_json: bool, verbose: bool) -> None:
@@ -86,12 +88,15 @@ async def _serve(
 
 
 async def _show_status(coordinator: Coordinator, show: Show) -> None:
+    """At once when something has changed, else now and then, so that a reader who has gone away is noticed."""
     shown: Record = {}
+    repeat = 0.0
     while True:
         record = {"kind": "status", **coordinator.snapshot()}
-        if record != shown:
+        now = time.monotonic()
+        if record != shown or now >= repeat:
             show(record)
-            shown = record
+            shown, repeat = record, now + REPEAT_SECONDS
         await asyncio.sleep(STATUS_SECONDS)
 
 

@@ -1,11 +1,13 @@
 """The command line: what it costs to ask for help, and what the user's mistakes lead to."""
 
+import json
 import os
 import resource
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -326,3 +328,40 @@ def test_peers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("hivegrpo.cli.threads.count_peers", lambda peers=peers: peers)
         assert fair_threads() == threads
     assert 1 <= usable_cores() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.slow
+def test_an_unreachable_coordinator_is_explained(tmp_path: Path) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+    address = f"/ip4/127.0.0.1/tcp/{port}/p2p/{Identity.generate().peer_id}"
+    done = run("peer", "run", address, "--host", "127.0.0.1", "--home", str(tmp_path / "home"))
+    assert done.returncode == 69, done.stderr
+    assert done.stderr.startswith("Error: Nobody answers at")
+    assert done.stderr.strip().count("\n") == 0
+
+
+@pytest.mark.slow
+def test_a_coordinator_keeps_run_and_port_and_stops_when_nobody_listens(toml: Path, tmp_path: Path) -> None:
+    home = str(tmp_path / "home")
+    arguments = ("coordinator", "run", "--config", str(toml), "--home", home, "--host", "127.0.0.1", "--json")
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+        busy = run(*arguments, "--port", str(port))
+        assert busy.returncode == 75, busy.stderr
+        assert str(port) in busy.stderr
+
+    run_ids = set()
+    for flags in (("--port", str(port)), ()):
+        command = [sys.executable, "-m", "hivegrpo.cli.main", *arguments, *flags]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        started = json.loads(process.stdout.readline())
+        assert started["kind"] == "started"
+        assert f"/tcp/{port}/p2p/" in started["address"]
+        run_ids.add(started["run_id"])
+        process.stdout.close()
+        assert process.wait(60) == 0, process.stderr.read()
+        process.stderr.close()
+    assert len(run_ids) == 1

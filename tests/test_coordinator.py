@@ -220,6 +220,19 @@ def test_a_quorum_waits_half_a_second_for_the_last_votes(machine: Machine) -> No
     assert len(machine.of(ev.StepReported)) == 3
 
 
+def test_two_thirds_are_needed_and_a_majority_is_not_enough() -> None:
+    machine = Machine(peers=5, run={"start_peers": 5})
+    machine.start()
+    machine.contribute(*machine.peers)
+    machine.exchange()
+    machine.vote(*machine.peers[:3])
+    machine.wait(1)
+    assert machine.state.version == 0, "three of five"
+    machine.vote(machine.peers[3])
+    machine.wait(1)
+    assert machine.state.version == 1
+
+
 def test_a_late_vote_that_agrees_makes_a_peer_ready(machine: Machine) -> None:
     a, b, c = machine.peers
     machine.start()

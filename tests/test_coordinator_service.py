@@ -9,14 +9,16 @@ from support.scripted import Node, ScriptedPeer, frames_until_end, histories, is
 from hivegrpo.coordinator import service
 from hivegrpo.coordinator.events import Event, LeaseExpired, LeaseGranted, PeerDisconnected, VersionCommitted
 from hivegrpo.coordinator.followers import QUEUE_FRAMES
+from hivegrpo.coordinator.log import LOG_FILE
 from hivegrpo.coordinator.state import State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobs import blob_ref
 from hivegrpo.protocol.blobstream import BlobStore
 from hivegrpo.protocol.chain import Chain
+from hivegrpo.protocol.chainfile import ENTRIES_FILE
 from hivegrpo.protocol.chainstream import extend_chain, fetch_run
 from hivegrpo.protocol.envelope import parse, sign
-from hivegrpo.protocol.errors import ChainError, ConfigError
+from hivegrpo.protocol.errors import ChainError, ConfigError, RemoteError
 from hivegrpo.protocol.invariants import check
 from hivegrpo.protocol.transport.base import MAX_CALL_BYTES
 from hivegrpo.protocol.transport.memory import MemoryNetwork
@@ -226,6 +228,49 @@ def test_a_peer_that_leaves_gives_its_lease_back_at_once(tmp_path: Path) -> None
     run(test())
 
 
+def test_a_peer_that_joins_again_is_told_whatever_is_current(tmp_path: Path) -> None:
+    async def test() -> None:
+        node = Node(tmp_path / "coordinator", MemoryNetwork(), run={"start_peers": 1})
+        peer = ScriptedPeer(node)
+        async with node.running(), peer.connected() as transport:
+            await peer.join(transport)
+            await peer.report(pb.Ready(version=0, state_root=b"r" * 32))
+            stream, _ = await peer.join(transport)
+            told = [parse(pb.Signed, await stream.receive(MAX_CALL_BYTES)).type for _ in range(3)]
+            assert told == ["Welcome", "VersionManifest", "Lease"]
+
+    run(test())
+
+
+def test_the_chain_is_written_anew_from_the_log_and_never_gets_ahead_of_it(tmp_path: Path) -> None:
+    async def test() -> None:
+        node = Node(tmp_path / "coordinator", MemoryNetwork())
+        peers = [ScriptedPeer(node) for _ in range(3)]
+        async with node.running() as coordinator, peers[0].online(), peers[1].online(), peers[2].online():
+            await peers[0].until(is_version(2))
+        entries = [coordinator.chain.chain.entry(version) for version in range(3)]
+        (node.home / ENTRIES_FILE).unlink()
+        async with node.running() as coordinator:
+            assert [coordinator.chain.chain.entry(version) for version in range(3)] == entries
+        (node.home / LOG_FILE).unlink()
+        async with node.running(ending=ChainError):
+            pass
+
+    run(test())
+
+
+def test_the_session_of_a_peer_that_left_is_ended(tmp_path: Path) -> None:
+    async def test() -> None:
+        node = Node(tmp_path / "coordinator", MemoryNetwork())
+        peer = ScriptedPeer(node)
+        async with node.running(), peer.connected() as transport:
+            stream, _ = await peer.join(transport)
+            await peer.report(pb.Leave(reason="bye"))
+            assert await frames_until_end(stream) == ["Welcome"]
+
+    run(test())
+
+
 def test_what_is_pushed_is_on_disk_before(tmp_path: Path) -> None:
     async def test() -> None:
         node = Node(tmp_path / "coordinator", MemoryNetwork())
@@ -250,6 +295,25 @@ def test_a_full_disk_ends_the_run_with_what_to_do(tmp_path: Path, monkeypatch: p
             older, _ = await peer.join(transport)
             monkeypatch.setattr(coordinator._log, "append", full)
             await older.close()
+
+    run(test())
+
+
+def test_a_report_that_did_not_reach_the_disk_is_not_acknowledged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        node = Node(tmp_path / "coordinator", MemoryNetwork())
+        peer = ScriptedPeer(node)
+
+        def full(_: object) -> None:
+            raise ConfigError("Cannot write the event log: disk full.", "Free disk space.")
+
+        async with node.running(ending=ConfigError) as coordinator, peer.connected() as transport:
+            await peer.join(transport)
+            monkeypatch.setattr(coordinator._log, "append", full)
+            with pytest.raises(RemoteError, match="is stopping"):
+                await peer.report(pb.Ready(version=0, state_root=b"r" * 32))
 
     run(test())
 

@@ -415,7 +415,9 @@ def test_the_demo_is_a_coordinator_three_peers_and_a_p2pd_each(tmp_path: Path) -
         assert set(entry["roots"].values()) == {entry["state_root"]}
     for entry in content["versions"][1:]:
         assert len(entry["bytes_sent"]) == 3
-        assert sum(entry["bytes_sent"].values()) == pytest.approx(sum(entry["bytes_received"].values()), rel=0.01)
+        # Each of three reducers gets its span from two peers, and each peer two spans from others: four vectors in all,
+        # of 40,960 values at 33 bytes for 32, and little else.
+        assert sum(entry["bytes_received"].values()) == pytest.approx(4 * 40_960 * 33 / 32, rel=0.03)
         assert min(entry["seconds"].values()) > 0.0
     assert content["accuracy"]["problems"] == 50
 

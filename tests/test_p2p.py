@@ -15,7 +15,7 @@ import psutil
 import pytest
 from structlog.testing import capture_logs
 
-from hivegrpo.protocol.errors import BusyError, ConfigError, RemoteError
+from hivegrpo.protocol.errors import BusyError, ConfigError, RemoteError, UnreachableError
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.transport.base import Stream
 from hivegrpo.protocol.transport.daemon import check_port
@@ -79,6 +79,41 @@ def test_a_busy_port_is_named_with_what_to_do_and_free_again_after_the_node() ->
         await again.close()
 
     asyncio.run(scenario())
+
+
+def test_another_node_at_the_address_is_not_the_one_that_was_meant() -> None:
+    from hivegrpo.protocol.transport.p2p import P2PTransport
+
+    async def scenario() -> None:
+        node, client = await asyncio.gather(*(P2PTransport.create(Identity.generate(), dht=False) for _ in range(2)))
+        address = node.addresses()[0].replace(node.peer_id, Identity.generate().peer_id)
+        with pytest.raises(UnreachableError, match="another node answers there"):
+            await client.connect([address], timeout=5)
+        await client.close()
+        await node.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (
+            "failed to dial: failed to dial 12D3Koo: all dials failed\n"
+            "  * [/ip4/127.0.0.1/tcp/1] dial tcp4 127.0.0.1:1: connect: connection refused",
+            "connection refused",
+        ),
+        ("x\n  * [/ip4/192.0.2.1/tcp/1] dial tcp4 0.0.0.0:0->192.0.2.1:1: i/o timeout", "i/o timeout"),
+        ("failed to negotiate protocol: protocols not supported: [a]", "protocols not supported: [a]"),
+        ("failed to dial: failed to dial 12D3Koo: no good addresses", "no good addresses"),
+        ("routing: not\x1b found", "routing: not? found"),
+        ("", "p2pd gives no reason"),
+    ],
+)
+def test_of_what_p2pd_says_the_reason_is_shown(said: str, reason: str) -> None:
+    from hivegrpo.protocol.transport.p2p import _reason
+
+    assert _reason(f"Connect failed. msg={said}") == reason
 
 
 def test_a_port_is_not_busy_with_connections_that_are_over() -> None:

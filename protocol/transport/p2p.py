@@ -28,10 +28,7 @@ from hivegrpo.protocol.errors import ConfigError, FrameError, RemoteError, Signa
 from hivegrpo.protocol.identity import PEER_ID_CHARS, Identity, public_key_of
 from hivegrpo.protocol.transport.daemon import Daemon
 from hivegrpo.protocol.transport.frames import FramedStream
-from hivegrpo.protocol.transport.serving import MAX_HINT_BYTES, PROTOCOL, ServingTransport
-
-STREAM_BUFFER = 256 << 10
-"""Bytes that a stream which we opened reads ahead, about."""
+from hivegrpo.protocol.transport.serving import MAX_HINT_BYTES, PROTOCOL, ServingTransport, printable
 
 DHT_SECONDS = 5.0
 """How long a node waits for the DHT when it joins or leaves a hint; everything works without."""
@@ -178,7 +175,7 @@ class P2PTransport(ServingTransport):
         RemoteError with p2pd's reason if it fails. (hivemind's own requests leave the socket open when they fail.)
         """
         try:
-            reader, writer = await asyncio.open_unix_connection(self._daemon.control, limit=STREAM_BUFFER // 2)
+            reader, writer = await asyncio.open_unix_connection(self._daemon.control)
             try:
                 await write_pbmsg(writer, request)
                 response = p2pd_pb2.Response()
@@ -326,7 +323,8 @@ def _unreachable(where: str, reason: str) -> UnreachableError:
 
 def _reason(text: str) -> str:
     """The last and most telling part of what p2pd says went wrong."""
-    last = text.removeprefix("Connect failed. msg=").splitlines()[-1].rpartition("] ")[2]
+    lines = text.removeprefix("Connect failed. msg=").splitlines() or ["p2pd gives no reason"]
+    last = printable(lines[-1].rpartition("] ")[2])
     if "peer id mismatch" in last:
         return "another node answers there"
-    return re.sub(r"^(failed to [^:]*: )*(dial [^:]*:\d+: connect: )?", "", last)
+    return re.sub(r"^(failed to [^:]*: )*(dial \S+ \S+: (connect: )?)?", "", last)

@@ -80,7 +80,8 @@ class ServingTransport(Transport):
         except FrameError as error:
             raise RemoteError(error.message) from None
         if answer[:1] != _DONE:
-            raise RemoteError(f"{peer_id} refused {name!r}: {_printable(answer[1:])}")
+            reason = printable(answer[1:].decode(errors="replace"))
+            raise RemoteError(f"{peer_id} refused {name!r}: {reason}")
         return answer[1:]
 
     async def open_stream(self, peer_id: str, name: str, timeout: float = 10.0) -> Stream:
@@ -193,7 +194,7 @@ class ServingTransport(Transport):
         count = self.rejected.get(kind, 0) + 1
         self.rejected[kind] = count
         if count <= 8 or count & (count - 1) == 0:
-            log.warning("rejected", error=kind, reason=_printable(error.message.encode()), peer=remote, count=count)
+            log.warning("rejected", error=kind, reason=printable(error.message), peer=remote, count=count)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -227,7 +228,6 @@ class _Line:
         stream.abort()
 
 
-def _printable(text: bytes) -> str:
+def printable(text: str) -> str:
     """A remote's words, short, and without anything that a terminal would obey."""
-    shown = text[:MAX_REASON_CHARS].decode(errors="replace")
-    return "".join(letter if letter.isprintable() else "?" for letter in shown)
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:MAX_REASON_CHARS])
