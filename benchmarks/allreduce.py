@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,13 +22,13 @@ from series import Series, table
 
 BAR = 0.2
 WARM_UP = 2
-"""Rounds before those that count: connections are made, pages touched, code compiled."""
+"""Rounds before those that count: connections are made, memory is touched."""
 
 START_SECONDS = 60.0
 """For a worker to import what it needs, on a busy machine."""
 
-ROUND_SECONDS = 30.0
-"""For one round; three times what a step of hivemind's may take before it fails."""
+ROUND_SECONDS = 15.0
+"""For one round; a step of hivemind's gives up the search for a group after ten."""
 
 PHASE_SECONDS = 120.0
 """No further round begins after so long."""
@@ -43,30 +43,41 @@ class Size:
     rounds: int
 
 
-def measure_hivemind(crew: Crew, size: Size, script: str, title: str, *options: int) -> Series:
-    """Rounds of a hivemind worker, all peers at the same moment, until as many as are wanted have succeeded."""
-    arguments = (size.peers, size.values, *options)
-    workers = [crew.start(script, f"hivemind-{rank}", rank, *arguments) for rank in range(size.peers)]
-    for worker in workers:
+def measure_hivemind(folder: Path, size: Size, script: str, title: str, *options: int) -> Series:
+    """Rounds of a hivemind worker, all peers at the same moment, until as many as are wanted have succeeded.
+
+    A step of hivemind's can hang. Then the round has failed, and new processes take the place of the old ones.
+    """
+    series = Series(title)
+    end = time.monotonic() + PHASE_SECONDS
+    while len(series.rounds) < size.rounds and time.monotonic() < end:
+        with Crew(folder) as crew:
+            group = _gather(crew, size, script, options)
+            try:
+                for _ in range(WARM_UP):
+                    _together(crew.workers, group)
+                while len(series.rounds) < size.rounds and time.monotonic() < end:
+                    _count(series, _together(crew.workers, group))
+            except WorkerError as error:
+                series.failed += 1
+                print(f"a round failed: {error}", file=sys.stderr)
+    return series
+
+
+def _gather(crew: Crew, size: Size, script: str, options: Sequence[int]) -> list[str]:
+    """Start the workers and let them find each other; their peer ids."""
+    for rank in range(size.peers):
+        crew.start(script, f"hivemind-{rank}", rank, size.peers, size.values, *options)
+    for worker in crew.workers:
         worker.hear("loaded", START_SECONDS)
     group: list[str] = []
     initial_peers: list[str] = []
-    for worker in workers:
+    for worker in crew.workers:
         worker.tell("join", initial_peers=initial_peers)
         joined = worker.hear("joined", START_SECONDS)
         group.append(joined["peer"])
         initial_peers = initial_peers or joined["addresses"]
-    series = Series(title)
-    for _ in range(WARM_UP):
-        _together(workers, group)
-    end = time.monotonic() + PHASE_SECONDS
-    while len(series.rounds) < size.rounds and time.monotonic() < end:
-        answers = _together(workers, group)
-        if all(answer["averaged"] for answer in answers):
-            series.rounds.append([answer["seconds"] for answer in answers])
-        else:
-            series.failed += 1
-    return series
+    return group
 
 
 def _together(workers: list[Worker], group: list[str]) -> list[dict[str, Any]]:
@@ -78,6 +89,13 @@ def _together(workers: list[Worker], group: list[str]) -> list[dict[str, Any]]:
     for worker in workers:
         worker.tell("go")
     return [worker.hear("stepped", ROUND_SECONDS) for worker in workers]
+
+
+def _count(series: Series, answers: list[dict[str, Any]]) -> None:
+    if all(answer["averaged"] for answer in answers):
+        series.rounds.append([answer["seconds"] for answer in answers])
+    else:
+        series.failed += 1
 
 
 def measure_hivegrpo(crew: Crew, size: Size, folder: Path) -> dict[str, Series]:
@@ -120,15 +138,11 @@ def measure(size: Size) -> dict[str, Series]:
         folder = Path(name)
         with Crew(folder) as crew:
             series = measure_hivegrpo(crew, size, folder)
-        with Crew(folder) as crew:
-            title = "hivemind  DecentralizedAverager.step"
-            series["step"] = measure_hivemind(crew, size, "averager_step.py", title, 0)
-        with Crew(folder) as crew:
-            title = f"hivemind  the same, target_group_size={size.peers}"
-            series["closed_step"] = measure_hivemind(crew, size, "averager_step.py", title, size.peers)
-        with Crew(folder) as crew:
-            title = "hivemind  AllReduceRunner in a ready group"
-            series["runner"] = measure_hivemind(crew, size, "runner_exchange.py", title)
+        series["step"] = measure_hivemind(folder, size, "averager_step.py", "hivemind  DecentralizedAverager.step", 0)
+        title = f"hivemind  the same, target_group_size={size.peers}"
+        series["closed_step"] = measure_hivemind(folder, size, "averager_step.py", title, size.peers)
+        title = "hivemind  AllReduceRunner in a ready group"
+        series["runner"] = measure_hivemind(folder, size, "runner_exchange.py", title)
     for measured in series.values():
         if not measured.rounds:
             raise WorkerError(f"no round of {measured.title!r} succeeded")

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 WORKERS = Path(__file__).parent / "workers"
-END_SECONDS = 15.0
+END_SECONDS = 10.0
 """How long workers get to stop by themselves."""
 
 LAST_BYTES = 4000

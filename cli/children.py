@@ -136,6 +136,7 @@ async def _stop(children: Sequence[Child]) -> None:
         await asyncio.gather(*(child.ended(seconds) for child in running))
     _, alive = await asyncio.to_thread(psutil.wait_procs, descendants, SHORT)
     _kill(alive)
+    await asyncio.to_thread(psutil.wait_procs, alive, SHORT)
 
 
 def _kill(processes: Sequence[psutil.Process]) -> None:

@@ -222,7 +222,10 @@ def test_an_entry_that_a_crash_cut_short_is_removed(coordinator: Coordinator, tm
     whole = (tmp_path / ENTRIES_FILE).read_bytes()
     data = entries[2].SerializeToString()
     (tmp_path / ENTRIES_FILE).write_bytes(whole + (len(data).to_bytes(4, "big") + data)[:cut])
-    repaired = ChainFile.open(tmp_path)
+    torn = (tmp_path / ENTRIES_FILE).read_bytes()
+    assert ChainFile.open(tmp_path).chain.height == 1
+    assert (tmp_path / ENTRIES_FILE).read_bytes() == torn  # whoever only reads leaves it to the home's owner
+    repaired = ChainFile.create(tmp_path, coordinator.run, coordinator.identity.peer_id)
     assert repaired.chain.height == 1
     assert (tmp_path / ENTRIES_FILE).read_bytes() == whole
     repaired.append(entries[2])

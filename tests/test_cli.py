@@ -337,8 +337,8 @@ def test_an_unreachable_coordinator_is_explained(tmp_path: Path) -> None:
     address = f"/ip4/127.0.0.1/tcp/{port}/p2p/{Identity.generate().peer_id}"
     done = run("peer", "run", address, "--host", "127.0.0.1", "--home", str(tmp_path / "home"))
     assert done.returncode == 69, done.stderr
-    assert done.stderr.startswith("Error: Nobody answers at")
-    assert done.stderr.strip().count("\n") == 0
+    assert done.stderr.splitlines()[-1].startswith("Error: Nobody answers at")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

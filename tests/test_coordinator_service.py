@@ -199,7 +199,7 @@ def test_a_peer_that_falls_silent_counts_as_gone(tmp_path: Path) -> None:
 
 def test_a_follower_that_does_not_drain_is_dropped(tmp_path: Path) -> None:
     async def test() -> None:
-        node = Node(tmp_path / "coordinator", MemoryNetwork())
+        node = Node(tmp_path / "coordinator", MemoryNetwork(), timing={"grace": 60.0})  # long: not for silence
         peer = ScriptedPeer(node)
         async with node.running() as coordinator, peer.connected() as transport:
             stream, _ = await peer.join(transport)
@@ -250,7 +250,8 @@ def test_the_chain_is_written_anew_from_the_log_and_never_gets_ahead_of_it(tmp_p
             await peers[0].until(is_version(2))
         entries = [coordinator.chain.chain.entry(version) for version in range(3)]
         (node.home / ENTRIES_FILE).unlink()
-        async with node.running() as coordinator:
+        async with node.running() as coordinator, peers[0].connected() as transport:
+            await peers[0].join(transport)
             assert [coordinator.chain.chain.entry(version) for version in range(3)] == entries
         (node.home / LOG_FILE).unlink()
         async with node.running(ending=ChainError):
@@ -261,7 +262,7 @@ def test_the_chain_is_written_anew_from_the_log_and_never_gets_ahead_of_it(tmp_p
 
 def test_the_session_of_a_peer_that_left_is_ended(tmp_path: Path) -> None:
     async def test() -> None:
-        node = Node(tmp_path / "coordinator", MemoryNetwork())
+        node = Node(tmp_path / "coordinator", MemoryNetwork(), timing={"grace": 60.0})  # long: not for silence
         peer = ScriptedPeer(node)
         async with node.running(), peer.connected() as transport:
             stream, _ = await peer.join(transport)

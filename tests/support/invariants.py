@@ -11,6 +11,7 @@ from hivegrpo.peer.swarm.audit import span_auditor
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.history import Record, read_history
 from hivegrpo.protocol.invariants import check
+from support.runs import KEPT_VERSIONS
 from support.swarm import Swarm
 
 
@@ -20,7 +21,7 @@ def assert_invariants(swarm: Swarm) -> None:
 
 
 def assert_invariants_of_homes(coordinator: Path, peers: Mapping[str, Path]) -> None:
-    """No violation, and every span of every version was recomputed: with `keep_versions` 50 no chunk is gone yet."""
+    """No violation, and every span of every version was recomputed: no peer has forgotten a chunk yet."""
     homes = {name: PeerHome(path) for name, path in peers.items()}
     chain = ChainFile.open(coordinator).chain
     recomputed = span_auditor(chain, [home.contributions for home in homes.values()])
@@ -36,5 +37,5 @@ def assert_invariants_of_homes(coordinator: Path, peers: Mapping[str, Path]) -> 
         histories = {name: read_history(home.history) for name, home in homes.items()}
         violations = check(read_records(log), histories, recompute)
     assert not violations
-    assert chain.height < 50
+    assert chain.height < KEPT_VERSIONS
     assert not missing

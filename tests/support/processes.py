@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+from support.runs import KEPT_VERSIONS
 
 Record = dict[str, Any]
 T = TypeVar("T")
@@ -170,7 +171,7 @@ def addition_config(folder: Path, **sections: dict[str, Any]) -> Path:
         "grpo": {"prompts_per_round": 6, "num_generations": 4, "max_completion_length": 5},
         "lora": {"r": 4, "alpha": 8},
         "timing": {"lease": 30.0, "exchange": 5.0, "step": 10.0, "grace": 2.0},
-        "distribution": {"anchor_every": 2, "keep_versions": 50},
+        "distribution": {"anchor_every": 2, "keep_versions": KEPT_VERSIONS},
         "optimizer": {"learning_rate": 1e-3, "lr_scheduler_type": "constant"},
     }
     for name, values in sections.items():

@@ -17,6 +17,8 @@ from hivegrpo.protocol.identity import Identity
 
 WIDTH = 8
 NONCE = bytes(16)
+KEPT_VERSIONS = 1000
+"""More than any test makes: so every span can be recomputed at its end."""
 
 
 def small_config(**sections: dict[str, Any]) -> RunConfig:
@@ -28,7 +30,7 @@ def small_config(**sections: dict[str, Any]) -> RunConfig:
         "rewards": {"functions": ["exact_match"]},
         "grpo": {"prompts_per_round": 6, "num_generations": 4, "max_completion_length": 8},
         "timing": {"lease": 20.0, "exchange": 5.0, "step": 10.0, "grace": 1.0},
-        "distribution": {"anchor_every": 2, "keep_versions": 50},
+        "distribution": {"anchor_every": 2, "keep_versions": KEPT_VERSIONS},
         "optimizer": {"learning_rate": 1e-2, "lr_scheduler_type": "constant"},
     }
     for name, values in sections.items():
