@@ -110,7 +110,12 @@ async def work_in_run(
     await serve_chain(transport, chain)
     await serve_blobs(transport, store)
     synchroniser = Synchroniser(versions, transport, directory, chain.coordinator)
-    await synchroniser.run()
+    try:
+        await synchroniser.run()
+    except WireError as error:
+        raise UnreachableError(
+            f"The run's newest version cannot be had: {error}.", "Try again once a peer that holds it is online."
+        ) from error
     session = Session(
         address=address,
         chain=chain,

@@ -30,7 +30,7 @@ from hivegrpo.peer.swarm.versions import Versions
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.config import RunConfig
 from hivegrpo.protocol.envelope import Opened
-from hivegrpo.protocol.errors import WireError
+from hivegrpo.protocol.errors import NumericsError, WireError
 from hivegrpo.protocol.history import History
 from hivegrpo.protocol.identity import Identity
 
@@ -91,7 +91,7 @@ class Volunteer:
         self._done_lease = 0
         self._done_plan = b""
         self._said_ready: tuple[int, int] | None = None
-        self._shadow: tuple[bytes, PolicyState, bytes, list[bytes]] | None = None
+        self._shadow: tuple[bytes, PolicyState, bytes] | None = None
         self._owes_version = 0
 
     async def work(self) -> None:
@@ -136,7 +136,7 @@ class Volunteer:
         """Tell the coordinator which version is held; for version 0 this is the vote."""
         place = (self._versions.chain.height, self._session.joins)
         ready = pb.Ready(version=self._versions.version, state_root=self._versions.state_root)
-        ack = await self._session.report(ready, lambda: place == (self._versions.chain.height, self._session.joins))
+        ack = await self._session.report(ready, lambda: place[1] == self._session.joins and not self._leaving)
         self._said_ready = place
         self.state = "online"
         if ack is not None and not ack.accepted:
@@ -151,7 +151,7 @@ class Volunteer:
             return
         contribution, encoded = learned
         self._history.record("contribution", lease=lease.id, version=lease.version, root=contribution.root)
-        ack = await self._session.report(contribution, lambda: self._versions.chain.height == lease.version)
+        ack = await self._session.report(contribution, lambda: not self._leaving)
         if ack is None:
             return
         if ack.accepted:
@@ -193,7 +193,7 @@ class Volunteer:
         spans = [span.data for span in collected]
         averaged = time.perf_counter()
         shadow, root = await self._on_worker(self._versions.shadow, plan.message, spans)
-        self._shadow = (plan.digest, shadow, root, spans)
+        self._shadow = (plan.digest, shadow, root)
         vote = pb.StepReport(
             version=plan.message.version,
             plan=plan.digest,
@@ -217,13 +217,13 @@ class Volunteer:
         follows = version == versions.chain.height + 1
         if follows and version == 0:
             versions.extend(pb.ChainEntry(manifest=head.signed))
-            versions.adopt(0, versions.state, versions.state_root, ())
+            versions.adopt(0, versions.state, versions.state_root)
         elif follows and shadow and shadow[0] == head.message.plan and shadow[2] == head.message.state.root:
             assert session.plan is not None
             assert session.seal is not None
             entry = pb.ChainEntry(manifest=head.signed, plan=session.plan.signed, seal=session.seal.signed)
             versions.extend(entry)
-            await self._on_worker(versions.adopt, version, shadow[1], shadow[2], shadow[3])
+            await self._on_worker(versions.adopt, version, shadow[1], shadow[2])
         else:
             if shadow and shadow[0] == head.message.plan:
                 log.error("this machine's step gave another root; replaying from the sealed bytes", version=version)
@@ -278,16 +278,16 @@ class Volunteer:
         metrics: dict[str, float] = {}
         if lease.evaluate:
             metrics["eval/accuracy"] = self._learner.evaluate(cancelled).accuracy
-        learned = self._learner.contribute(lease.id, lease.start, lease.count, cancelled)
-        metrics |= learned.metrics | {f"seconds/{name}": seconds for name, seconds in learned.seconds.items()}
-        self.metrics = {"tokens_per_second": learned.num_tokens / max(sum(learned.seconds.values()), 1e-9)}
         try:
+            learned = self._learner.contribute(lease.id, lease.start, lease.count, cancelled)
             encoded = EncodedVector.encode(get_codec(self._config.averaging.codec), learned.vector)
-        except NonFiniteError as error:
+        except (NonFiniteError, NumericsError) as error:
             log.error("a gradient is not finite; its prompts are dropped", lease=lease.id, reason=str(error))
             return pb.Contribution(
                 lease=lease.id, version=lease.version, dropped=range(lease.count), root=EMPTY_ROOT
             ), None
+        metrics |= learned.metrics | {f"seconds/{name}": seconds for name, seconds in learned.seconds.items()}
+        self.metrics = {"tokens_per_second": learned.num_tokens / max(sum(learned.seconds.values()), 1e-9)}
         contribution = pb.Contribution(
             lease=lease.id,
             version=lease.version,

@@ -6,22 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Qwen2Config
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from support.rollouts import part, random_policy, random_rollout
+from torch import Tensor
 
 from hivegrpo.peer.learn.batches import plan_batches
 from hivegrpo.peer.learn.cancel import Cancelled
 from hivegrpo.peer.learn.gradient import Gradient, rollout_gradient
 from hivegrpo.peer.learn.policy import Policy
 from hivegrpo.peer.learn.rollout import Rollout
-from hivegrpo.peer.learn.sampler import Completion
-from hivegrpo.protocol.config import GrpoSection, LoraSection
+from hivegrpo.protocol.config import GrpoSection
 from hivegrpo.protocol.errors import NumericsError
 
-VOCABULARY = 40
-GROUP = 4
-GROUPS = 9
 SPLITS = (slice(0, 1), slice(1, 3), slice(3, 9))
 """Groups of each of three peers: uneven."""
 
@@ -30,59 +25,12 @@ LOSS_TYPES = ("dapo", "grpo", "dr_grpo")
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    """A random Qwen2 in float64, with an adapter in which nothing is zero."""
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, Qwen2RMSNorm):  # it computes in float32 whatever its dtype; torch's does not
-                setattr(module, name, nn.RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=torch.float64))
-    policy = Policy(model, LoraSection(r=4, alpha=8))
-    generator = torch.Generator().manual_seed(1)
-    policy.load_vector(0.3 * torch.randn(policy.size, generator=generator, dtype=torch.float64))
-    return policy
+    return random_policy(torch.float64)
 
 
 @pytest.fixture(scope="module")
 def rollout() -> Rollout:
-    """Random tokens of many lengths (later groups are longer), rewarded at random, sampled by no policy at all."""
-    generator = torch.Generator().manual_seed(2)
-
-    def number(low: int, high: int) -> int:
-        return int(torch.randint(low, high, (), generator=generator))
-
-    def ids(length: int) -> list[int]:
-        return torch.randint(VOCABULARY, (length,), generator=generator).tolist()
-
-    prompt_ids, completions = [], []
-    for group in range(GROUPS):
-        prompt_ids += [ids(number(2, 8))] * GROUP
-        for _ in range(GROUP):
-            length = number(1, 4 + group)
-            # A uniform distribution's, roughly: the ratios are on both sides of the clip range.
-            logps = -math.log(VOCABULARY) + 0.3 * torch.randn(length, generator=generator, dtype=torch.float64)
-            completions.append(Completion(ids(length), logps, terminated=True))
-    advantages = torch.randn(GROUPS * GROUP, generator=generator, dtype=torch.float64)
-    return Rollout(prompt_ids, completions, [], advantages, advantages, {})
-
-
-def part(rollout: Rollout, groups: slice) -> Rollout:
-    members = slice(groups.start * GROUP, groups.stop * GROUP)
-    return replace(
-        rollout,
-        prompt_ids=rollout.prompt_ids[members],
-        completions=rollout.completions[members],
-        advantages=rollout.advantages[members],
-    )
+    return random_rollout()
 
 
 def settings(loss_type: str) -> GrpoSection:

@@ -141,18 +141,24 @@ def test_two_processes_cannot_share_a_home(tmp_path: Path) -> None:
 
 
 def test_the_second_signal_ends_a_daemon_at_once(tmp_path: Path) -> None:
-    config = addition_config(tmp_path, run={"versions": 500, "start_peers": 1}, timing={"exchange": 60.0})
+    code = (
+        "import asyncio\n"
+        "from hivegrpo.cli.signals import StopSignals\n"
+        "async def drain_for_ever():\n"
+        "    stop = asyncio.Event()\n"
+        "    StopSignals('this daemon').bind(stop)\n"
+        "    print('{}', flush=True)\n"
+        "    await stop.wait()\n"
+        "    await asyncio.Event().wait()\n"
+        "asyncio.run(drain_for_ever())\n"
+    )
 
     async def test(host: Machine) -> None:
-        coordinator = await host.coordinator(config)
-        begun = await started(coordinator)
-        peer = await host.peer(begun["address"], "a")
-        await coordinator.wait_for(version(1))
-        coordinator.send(signal.SIGKILL)  # with nobody to answer, the peer can't finish its round
-        await coordinator.ended()
-        peer.send(signal.SIGINT)
-        await peer.wait_for_stderr("once more to stop at once")
-        peer.send(signal.SIGINT)
-        assert await peer.ended(5.0) == 130
+        daemon = await host.python("-c", code)
+        await daemon.wait_for(lambda record: True)
+        daemon.send(signal.SIGINT)
+        await daemon.wait_for_stderr("once more to stop at once")
+        daemon.send(signal.SIGINT)
+        assert await daemon.ended(10.0) == 130
 
     run(tmp_path, test)

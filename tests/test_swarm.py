@@ -21,7 +21,7 @@ from hivegrpo.protocol.identity import Identity
 VALUES = 40_000
 
 
-ROLLOUT_SECONDS = 0.2
+ROLLOUT_SECONDS = 0.3
 
 
 def roll_out(lease: int) -> None:

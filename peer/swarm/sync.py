@@ -18,8 +18,8 @@ from hivegrpo.protocol.transport.base import Transport
 log = structlog.get_logger(__name__)
 
 HOLDERS_KEY = "holders"
-ATTEMPTS = 16
-PAUSE_SECONDS = 0.5
+ATTEMPTS = 12
+FIRST_PAUSE, LAST_PAUSE = 0.1, 2.0
 
 
 class Synchroniser:
@@ -35,14 +35,14 @@ class Synchroniser:
         """Verify the chain up to the newest version and get its state. RemoteError if nobody has what is missing."""
         await self._extend()
         reason: Exception | None = None
-        for _ in range(ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             try:
                 await self._advance()
                 return
             except WireError as error:
                 reason = error
                 log.info("synchronising; not everything can be had yet", reason=str(error))
-                await asyncio.sleep(PAUSE_SECONDS)
+                await asyncio.sleep(min(FIRST_PAUSE * 2**attempt, LAST_PAUSE))
                 await self._ask_directory()
                 await self._extend()
         raise RemoteError(f"version {self._versions.chain.height} cannot be had from anyone now: {reason}")

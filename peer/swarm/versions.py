@@ -39,6 +39,7 @@ class Versions:
         self._layout = [(tensor.name, tuple(tensor.shape)) for tensor in self.chain.manifest.message.layout]
         self.state: PolicyState = PolicyState.initial(genesis_parameters(self._layout, config.run.seed))
         self.version = 0
+        self._pending: list[BlobRef] = []
         self.state_root = blob_root(state_bytes(self.state))
         self._restore()
 
@@ -48,7 +49,12 @@ class Versions:
         return int(self.state.parameters.numel())
 
     def shadow(self, plan: pb.RoundPlan, spans: Sequence[bytes]) -> tuple[PolicyState, bytes]:
-        """The state after the plan's step, beside the current one, and its root. Runs on the worker thread."""
+        """The state after the plan's step, beside the current one, and its root. Runs on the worker thread.
+
+        The spans are in the store before this returns: once the version is committed, others ask for them at once.
+        """
+        self._forget_pending(())
+        self._pending = [self.store.add_bytes(span) for span in spans]
         shadow = replay(self.state, plan, spans)
         return shadow, blob_root(state_bytes(shadow))
 
@@ -56,10 +62,10 @@ class Versions:
         """Verify the next entry of the chain and write it; the state follows by `adopt` or `load_anchor`."""
         return self._chainfile.append(message)
 
-    def adopt(self, version: int, shadow: PolicyState, root: bytes, spans: Sequence[bytes]) -> None:
+    def adopt(self, version: int, shadow: PolicyState, root: bytes) -> None:
         """Make `shadow` the current state, if the chain says that it is `version`; ChainError if its root differs.
 
-        The spans, and the state if it is an anchor, are on disk before this returns.
+        The state is on disk before this returns, if it is an anchor.
         """
         manifest = self.chain.entries[version].manifest.message
         if root != manifest.state.root:
@@ -69,8 +75,7 @@ class Versions:
                 f"give {root.hex()[:16]} on this machine.",
                 f"This peer refuses the version. The evidence is in {self._home / 'evidence'}; report it to the run.",
             )
-        for span in spans:
-            self.store.add_bytes(span)
+        self._forget_pending(self.span_refs(version))
         self.state, self.version, self.state_root = shadow, version, root
         if version > 0 and self.is_anchor(version):
             self.store.add_bytes(state_bytes(shadow))
@@ -80,7 +85,7 @@ class Versions:
         """Take the state from an anchor in the store."""
         ref = ref_of(self.chain.entries[version].manifest.message.state)
         state = state_from_bytes(self.store.read(ref), self.values)
-        self.adopt(version, state, blob_root(state_bytes(state)), ())
+        self.adopt(version, state, blob_root(state_bytes(state)))
 
     def is_anchor(self, version: int) -> bool:
         """Whether peers keep the whole state of that version."""
@@ -101,7 +106,7 @@ class Versions:
         assert entry.plan is not None
         spans = [self.store.read(ref) for ref in self.span_refs(version)]
         shadow, root = self.shadow(entry.plan.message, spans)
-        self.adopt(version, shadow, root, ())
+        self.adopt(version, shadow, root)
 
     def _restore(self) -> None:
         """The newest state that this home's own files give."""
@@ -111,6 +116,13 @@ class Versions:
                 break
         while self.version < self.chain.height and all(map(self.store.has, self.span_refs(self.version + 1))):
             self.replay_next()
+
+    def _forget_pending(self, committed: Sequence[BlobRef]) -> None:
+        """Remove the spans of an attempt that came to nothing."""
+        for ref in self._pending:
+            if ref not in committed:
+                self.store.remove(ref.root)
+        self._pending = []
 
     def _prune(self) -> None:
         """Forget spans beyond `keep_versions` and anchors beyond the newest few."""

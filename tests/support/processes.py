@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+
 from support.runs import KEPT_VERSIONS
 
 Record = dict[str, Any]
