@@ -64,7 +64,7 @@ def describe_version(record: Record) -> str:
     if "reward" in metrics:
         parts.append(f"reward {metrics['reward']:.3f}")
     if "eval/accuracy" in metrics:
-        parts.append(f"accuracy {metrics['eval/accuracy']:.3f}")
+        parts.append(f"accuracy {metrics['eval/accuracy']:.3f} (version {record['version'] - 1})")
     if "num_tokens" in metrics:
         parts.append(f"{metrics['num_tokens']:.0f} tokens")
     return "  ".join([*parts, f"root {record['state_root'][:16]}"])

@@ -19,7 +19,7 @@ def plot_rewards(progress: Progress, path: Path) -> None:
         curve = progress.curve(metric)
         if curve:
             axes.plot(*zip(*curve, strict=True), style, label=label, markersize=4)
-    axes.set_xlabel("policy version")
+    axes.set_xlabel("policy version that was sampled")
     axes.set_ylim(0.0, 1.02)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")

@@ -46,9 +46,11 @@ class Progress:
         return next((value for _, value in reversed(self.curve(metric))), None)
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
-        """(version, value) wherever there is one."""
+        """(version, value) wherever there is one: a version's metrics were measured on the policy before it."""
         return [
-            (record["version"], record["metrics"][metric]) for record in self.versions if metric in record["metrics"]
+            (record["version"] - 1, record["metrics"][metric])
+            for record in self.versions
+            if metric in record["metrics"]
         ]
 
     @property
