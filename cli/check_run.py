@@ -8,9 +8,11 @@ import typer
 from hivegrpo.cli.coordinator_home import ROLE
 from hivegrpo.coordinator.history import read_records
 from hivegrpo.coordinator.log import LOG_FILE, EventLog
+from hivegrpo.peer.home import CONTRIBUTIONS_FOLDER
 from hivegrpo.peer.inference.locate import read_chain
+from hivegrpo.peer.swarm.audit import span_auditor
 from hivegrpo.protocol.errors import ConfigError
-from hivegrpo.protocol.history import read_history
+from hivegrpo.protocol.history import Record, read_history
 from hivegrpo.protocol.homes import latest_run
 from hivegrpo.protocol.invariants import check
 
@@ -28,10 +30,21 @@ def check_run(run: Path | None) -> None:
         )
     histories = {path.parent.name: read_history(path) for path in sorted(folder.glob(f"*/{HISTORY_FILE}"))}
     chain = read_chain(home)
+    recomputed: list[bool] = []
+    audit = span_auditor(chain, sorted(folder.glob(f"*/{CONTRIBUTIONS_FOLDER}")))
+
+    def recompute(plan: Record, seal: Record, span: int) -> bytes | None:
+        root = audit(plan, seal, span)
+        recomputed.append(root is not None)
+        return root
+
     with closing(EventLog(home / LOG_FILE, chain.run_id)) as log:
-        violations = check(read_records(log), histories)
+        violations = check(read_records(log), histories, recompute)
     for violation in violations:
         print(f"invariant {violation.invariant}: {violation.text}")
     if violations:
         raise typer.Exit(1)
-    print(f"{chain.height + 1} versions, {len(histories)} peers: invariants 1 to 4 hold.")
+    print(
+        f"{chain.height + 1} versions, {len(histories)} peers: invariants 1 to 5 hold; of {len(recomputed)} spans, "
+        f"{sum(recomputed)} were recomputed from chunks that are still kept here."
+    )

@@ -8,11 +8,13 @@ from hivegrpo.peer.learn.base import model_files, resolve_model
 from hivegrpo.peer.learn.data import Prompts, canonical_rows
 from hivegrpo.peer.learn.digests import model_digests, rows_digest
 from hivegrpo.peer.learn.encoding import PromptEncoder, load_tokenizer
+from hivegrpo.peer.learn.genesis import genesis_parameters
 from hivegrpo.peer.learn.policy import describe_layout
+from hivegrpo.peer.learn.step import PolicyState, state_bytes
 from hivegrpo.peer.numerics import check_numerics
 from hivegrpo.peer.rewards.registry import find_rewards, reward_versions
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.blobs import BlobRef
+from hivegrpo.protocol.blobs import BlobRef, blob_root
 from hivegrpo.protocol.blobstream import BlobStore
 from hivegrpo.protocol.config import Rows, RunConfig
 from hivegrpo.protocol.envelope import PROTOCOL, run_id_of, sign
@@ -30,6 +32,8 @@ def prepare_run(config: RunConfig, identity: Identity, store: BlobStore) -> pb.S
     held_out = canonical_rows(config.dataset, config.evaluation) if config.evaluation is not None else None
     folder = resolve_model(config.model)
     PromptEncoder(load_tokenizer(folder), config.dataset)  # for its complaints
+    layout = describe_layout(folder, config.lora)
+    genesis = PolicyState.initial(genesis_parameters(layout, config.run.seed))
     manifest = pb.RunManifest(
         protocol=PROTOCOL,
         coordinator=identity.peer_id,
@@ -40,10 +44,11 @@ def prepare_run(config: RunConfig, identity: Identity, store: BlobStore) -> pb.S
             **model_digests(folder),
             "dataset": rows_digest(rows),
             "known_answer": bytes.fromhex(check_numerics()),
+            "genesis": blob_root(state_bytes(genesis)),
         },
         dataset=_send_rows(config.dataset, "dataset.jsonl", rows, store),
         rows=len(Prompts.from_jsonl(rows)),
-        layout=[pb.Tensor(name=name, shape=shape) for name, shape in describe_layout(folder, config.lora)],
+        layout=[pb.Tensor(name=name, shape=shape) for name, shape in layout],
         rewards=reward_versions(rewards),
     )
     if config.evaluation is not None and held_out is not None:

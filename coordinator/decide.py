@@ -161,6 +161,10 @@ def _exchange(state: State, attempt: Attempt, now: float) -> Decision:
     timing = state.terms.config.timing
     missing = [reducer.peer for reducer in attempt.plan.reducers if reducer.peer not in attempt.reports]
     if not missing:
+        cut_off = [peer for peer, complete in attempt.reports.items() if 2 * len(complete) < len(attempt.roster)]
+        if 0 < len(cut_off) < len(attempt.reports):
+            lost = _rejections(state, cut_off, now, "as a reducer, it had less than half of the senders")
+            return Decision((*lost, *_fail(state, now, f"reducers {', '.join(cut_off)} lack most senders").events))
         payload = seal_payload(attempt)
         if payload is not None:
             return Decision((ev.SealMade(now, payload),))

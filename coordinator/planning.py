@@ -11,6 +11,7 @@ from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.checks import MAX_METRICS, MAX_REDUCERS
 from hivegrpo.protocol.chunks import chunk_count, split_evenly
 from hivegrpo.protocol.config import GrpoSection, RunConfig
+from hivegrpo.protocol.envelope import digest_of
 from hivegrpo.protocol.scalars import StepScalars, fp32_bits
 
 LARGEST_ROSTER = 3072
@@ -58,9 +59,11 @@ def plan_payload(state: State, peers: Sequence[str]) -> bytes | None:
     roster = sorted(peers)
     reachable = [peer for peer in roster if peer in state.connected and state.members[peer].addresses]
     chunks = chunk_count(state.terms.values)
-    reducers = reachable[: min(MAX_REDUCERS, chunks)]
-    if not reducers:
+    if not reachable:
         return None
+    if current.tries > 1:
+        reachable = sorted(_draw(reachable, head.digest, current.attempts + 1))
+    reducers = reachable[: min(MAX_REDUCERS, chunks)]
     spans = split_evenly(chunks, len(reducers))
     optimizer = config.optimizer
     scalars = StepScalars.for_step(
@@ -88,6 +91,12 @@ def plan_payload(state: State, peers: Sequence[str]) -> bytes | None:
         step_seconds=config.timing.step,
     )
     return _payload(plan)
+
+
+def _draw(peers: Sequence[str], head: bytes, attempt: int) -> list[str]:
+    """Half of the peers, by lot: who spoils attempts as a reducer is soon in a plan without that job."""
+    order = sorted(peers, key=lambda peer: digest_of(head + f"{attempt} {peer}".encode()))
+    return order[: max(1, len(order) // 2)]
 
 
 def seal_payload(attempt: Attempt) -> bytes | None:

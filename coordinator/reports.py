@@ -68,6 +68,8 @@ def _judge_ready(state: State, signed: pb.Signed, peer: str, run_id: str, now: f
         return Verdict(False, f"{kind}: the newest version is {state.version}, not {ready.version}")
     if state.head is not None and ready.state_root != state.head.manifest.state.root:
         return Verdict(False, f"invalid: version {version} has another state root")
+    if state.head is None and state.terms.genesis not in (b"", ready.state_root):
+        return Verdict(False, "invalid: version 0 has another state root in the run manifest")
     member = state.members[peer]
     if (member.ready, member.ready_root) == (ready.version, ready.state_root):
         return Verdict(True)

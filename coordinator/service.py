@@ -6,6 +6,7 @@ process (an answer, a push, an entry of the chain) follows once the event is on 
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +35,7 @@ from hivegrpo.protocol.envelope import open_signed, parse, run_id_of, sign_paylo
 from hivegrpo.protocol.errors import ChainError, RemoteError, WireError
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.transport.base import MAX_CALL_BYTES, Stream, Transport
+from hivegrpo.protocol.transport.serving import is_shown, printable
 
 REPORT = "report"
 FOLLOW = "follow"
@@ -83,6 +85,7 @@ class Coordinator:
         self._closing = False
         self._told_finished_at: float | None = None
         self._pulses: dict[str, Pulse] = {}
+        self._warnings: Counter[str] = Counter()
         self._followers = Followers(MISSED_HEARTBEATS * HEARTBEAT_SECONDS + config.timing.grace, self._wake.set)
         self._archive = Archive(
             transport,
@@ -260,7 +263,7 @@ class Coordinator:
             return  # no refusal: the peer tries again, and finds whoever comes after
         refused = self._refusal(join, peer)
         if refused is not None:
-            log.warning("join refused", peer=peer, reason=refused)
+            self._warn("join refused", peer=peer, reason=refused)
             await stream.send(_ack(refused))
             return
         now = self._clock()
@@ -301,7 +304,13 @@ class Coordinator:
     def _count(self, error: WireError, remote: str) -> None:
         name = type(error).__name__
         self._transport.rejected[name] = self._transport.rejected.get(name, 0) + 1
-        log.warning("rejected", peer=remote, error=name, reason=error.message[:MAX_REASON])
+        self._warn("rejected", peer=remote, error=name, reason=printable(error.message))
+
+    def _warn(self, event: str, **what: str) -> None:
+        """Show the first ones of a kind, then ever fewer, so that a flood does not fill the disk."""
+        self._warnings[event] += 1
+        if is_shown(self._warnings[event]):
+            log.warning(event, **what, count=self._warnings[event])
 
     def _deliver(self, push: Push) -> None:
         self._followers.push(push.peers, self._sign(push.type, push.payload).SerializeToString())

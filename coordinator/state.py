@@ -37,13 +37,15 @@ class Terms:
     values: int
     """Length of the flat vector of trainable parameters."""
     config: RunConfig
+    genesis: bytes
+    """State root of version 0, if the run manifest pins it."""
 
     @classmethod
     def of(cls, run: pb.Signed, config: RunConfig) -> Self:
         """The terms of a signed run manifest."""
         manifest = parse(pb.RunManifest, run.payload)
         values = sum(math.prod(tensor.shape) for tensor in manifest.layout)
-        return cls(digest_of(run.payload), values, config)
+        return cls(digest_of(run.payload), values, config, manifest.digests.get("genesis", b""))
 
     @property
     def state_size(self) -> int:

@@ -27,6 +27,7 @@ from hivegrpo.protocol.blobstream import BlobStore, serve_blobs
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.chainstream import fetch_run, serve_chain
+from hivegrpo.protocol.checks import MAX_ADDRESSES
 from hivegrpo.protocol.config import PeerConfig, RunConfig
 from hivegrpo.protocol.envelope import PROTOCOL, sign
 from hivegrpo.protocol.errors import HiveError, MismatchError, UnreachableError, WireError
@@ -109,7 +110,7 @@ async def work_in_run(
     await exchanges.start(transport)
     await serve_chain(transport, chain)
     await serve_blobs(transport, store)
-    synchroniser = Synchroniser(versions, transport, directory, chain.coordinator)
+    synchroniser = Synchroniser(versions, transport, directory, chain.coordinator, worker)
     try:
         await synchroniser.run()
     except WireError as error:
@@ -186,7 +187,7 @@ def _check_arithmetic(chain: Chain) -> None:
 def _join(transport: Transport, chain: Chain) -> pb.Join:
     return pb.Join(
         protocol=PROTOCOL,
-        addresses=transport.addresses(),
+        addresses=transport.addresses()[:MAX_ADDRESSES],
         known_answer=chain.manifest.message.digests["known_answer"],
         head=chain.head.manifest.signed if chain.head else None,
         agent=f"hivegrpo/{installed_version('hivegrpo')}",
@@ -205,7 +206,7 @@ async def _heartbeats(session: Session, volunteer: Volunteer, versions: Versions
 async def _announcements(transport: Transport, identity: Identity, chain: Chain) -> None:
     """Leave a signed hint in the DHT where this peer's versions can be had."""
     while True:
-        endpoint = pb.Endpoint(peer=identity.peer_id, addresses=transport.addresses())
+        endpoint = pb.Endpoint(peer=identity.peer_id, addresses=transport.addresses()[:MAX_ADDRESSES])
         value = sign(identity, chain.run_id, endpoint).SerializeToString()
         await transport.announce(f"{chain.run_id[:16]}/{HOLDERS_KEY}", value, 3 * ANNOUNCE_SECONDS)
         await asyncio.sleep(ANNOUNCE_SECONDS)

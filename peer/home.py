@@ -6,6 +6,7 @@ from pathlib import Path
 from hivegrpo.protocol.homes import run_folder, state_folder
 
 PEER_FOLDER = "peer"
+CONTRIBUTIONS_FOLDER = "contributions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class PeerHome:
 
     @property
     def contributions(self) -> Path:
-        return self.root / "contributions"
+        return self.root / CONTRIBUTIONS_FOLDER
 
     @property
     def history(self) -> Path:

@@ -7,8 +7,9 @@ chosen from what is known and held, not from what was done before.
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -23,7 +24,7 @@ from hivegrpo.peer.learn.step import PolicyState
 from hivegrpo.peer.swarm.codecs import get_codec
 from hivegrpo.peer.swarm.contribution import ContributionStore, EncodedVector
 from hivegrpo.peer.swarm.directory import Directory
-from hivegrpo.peer.swarm.exchange import Exchange, ExchangeServer
+from hivegrpo.peer.swarm.exchange import Exchange, ExchangeServer, Span
 from hivegrpo.peer.swarm.session import Session
 from hivegrpo.peer.swarm.sync import Synchroniser
 from hivegrpo.peer.swarm.versions import Versions
@@ -50,6 +51,21 @@ class Learns(Protocol):
 
     def evaluate(self, cancelled: threading.Event) -> Evaluation:
         """Accuracy on the held-out rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shadow:
+    """The state after an attempt's step, which is not committed yet."""
+
+    plan: Opened[pb.RoundPlan]
+    seal: Opened[pb.Seal]
+    state: PolicyState
+    root: bytes
+
+    def is_made_by(self, manifest: pb.VersionManifest) -> bool:
+        """Whether this is what a version commits."""
+        committed = (manifest.plan, manifest.seal, manifest.state.root)
+        return committed == (self.plan.digest, self.seal.digest, self.root)
 
 
 Task = Callable[[], Awaitable[None]]
@@ -91,7 +107,7 @@ class Volunteer:
         self._done_lease = 0
         self._done_plan = b""
         self._said_ready: tuple[int, int] | None = None
-        self._shadow: tuple[bytes, PolicyState, bytes] | None = None
+        self._shadow: Shadow | None = None
         self._owes_version = 0
 
     async def work(self) -> None:
@@ -122,9 +138,8 @@ class Volunteer:
             return self._rest
         if not session.connected or self._leaving:
             return None
-        lease = session.lease
-        if lease is not None and lease.message.version == height and lease.message.id > self._done_lease:
-            return partial(self._contribute, lease.message)
+        if session.lease is not None and self._leased(height):
+            return partial(self._contribute, session.lease.message)
         if self._said_ready != (height, session.joins):
             return self._say_ready
         return None
@@ -171,7 +186,15 @@ class Volunteer:
             log.warning("an attempt failed", attempt=place, reason=str(error))
 
     async def _average(self, plan: Opened[pb.RoundPlan], own: EncodedVector) -> None:
-        start = time.perf_counter()
+        """One attempt as the architecture has it; each line is a step of the round."""
+        self._versions.check_plan(plan.message)
+        exchange = await self._open_exchange(plan, own)
+        seal = await self._exchange(exchange)
+        spans = await exchange.collect(seal)
+        root = await self._step(plan, seal, spans)
+        await self._vote(exchange, seal, spans, root)
+
+    async def _open_exchange(self, plan: Opened[pb.RoundPlan], own: EncodedVector) -> Exchange:
         exchange = Exchange(
             plan,
             own,
@@ -181,28 +204,37 @@ class Volunteer:
             worker=self._worker,
         )
         await self._exchanges.add(exchange)
+        return exchange
+
+    async def _exchange(self, exchange: Exchange) -> Opened[pb.Seal]:
+        """Push to the reducers, report who is complete here, and wait for the seal (steps 6 and 7)."""
         pushing = asyncio.create_task(exchange.push())
         try:
             report = await exchange.gather()
             if report is not None:
                 await self._session.report(report, lambda: True)
-            seal = await self._session.wait(lambda: self._seal_of(plan))
+            return await self._session.wait(lambda: self._seal_of(exchange.plan))
         finally:
             await _end(pushing)
-        collected = await exchange.collect(seal)
-        spans = [span.data for span in collected]
-        averaged = time.perf_counter()
-        shadow, root = await self._on_worker(self._versions.shadow, plan.message, spans)
-        self._shadow = (plan.digest, shadow, root)
+
+    async def _step(self, plan: Opened[pb.RoundPlan], seal: Opened[pb.Seal], spans: Sequence[Span]) -> bytes:
+        """The optimizer step beside the current state; its root (step 9)."""
+        data = [span.data for span in spans]
+        state, root = await self._on_worker(self._versions.shadow, plan.message, data)
+        self._shadow = Shadow(plan, seal, state, root)
+        return root
+
+    async def _vote(self, exchange: Exchange, seal: Opened[pb.Seal], spans: Sequence[Span], root: bytes) -> None:
+        plan = exchange.plan
         vote = pb.StepReport(
             version=plan.message.version,
             plan=plan.digest,
             seal=seal.digest,
-            spans=[span.content for span in collected],
+            spans=[span.content for span in spans],
             state_root=root,
             metrics={
-                "seconds/exchange": averaged - start,
-                "seconds/step": time.perf_counter() - averaged,
+                "seconds/exchange": exchange.seconds,
+                "seconds/step": time.perf_counter() - exchange.began - exchange.seconds,
                 "bytes_sent": exchange.bytes_sent,
                 "bytes_received": exchange.bytes_received,
             },
@@ -212,20 +244,17 @@ class Volunteer:
 
     async def _take_head(self, head: Opened[pb.VersionManifest]) -> None:
         """Swap the shadow in if it is what was committed; otherwise catch up (step 10 of a round)."""
-        versions, session, version = self._versions, self._session, head.message.version
+        versions, version = self._versions, head.message.version
         shadow, self._shadow = self._shadow, None
         follows = version == versions.chain.height + 1
         if follows and version == 0:
             versions.extend(pb.ChainEntry(manifest=head.signed))
             versions.adopt(0, versions.state, versions.state_root)
-        elif follows and shadow and shadow[0] == head.message.plan and shadow[2] == head.message.state.root:
-            assert session.plan is not None
-            assert session.seal is not None
-            entry = pb.ChainEntry(manifest=head.signed, plan=session.plan.signed, seal=session.seal.signed)
-            versions.extend(entry)
-            await self._on_worker(versions.adopt, version, shadow[1], shadow[2])
+        elif follows and shadow and shadow.is_made_by(head.message):
+            versions.extend(pb.ChainEntry(manifest=head.signed, plan=shadow.plan.signed, seal=shadow.seal.signed))
+            await self._on_worker(versions.adopt, version, shadow.state, shadow.root)
         else:
-            if shadow and shadow[0] == head.message.plan:
+            if shadow and shadow.plan.digest == head.message.plan:
                 log.error("this machine's step gave another root; replaying from the sealed bytes", version=version)
             await self._synchronise()
         self._history.record(
@@ -315,11 +344,16 @@ class Volunteer:
         return seal if seal is not None and seal.message.plan == plan.digest else None
 
     def _is_over(self, plan: Opened[pb.RoundPlan]) -> bool | None:
-        """Whether a newer attempt or a committed version has overtaken this plan."""
+        """Whether a newer attempt, a committed version, or another rollout has overtaken this plan."""
         session = self._session
         newer_plan = session.plan is not None and session.plan.digest != plan.digest
         committed = session.head is not None and session.head.message.version >= plan.message.version
-        return True if newer_plan or committed else None
+        return True if newer_plan or committed or self._leased(plan.message.version - 1) else None
+
+    def _leased(self, version: int) -> bool:
+        """Whether there is a lease to work on; who is in a plan gets none before the round is abandoned."""
+        lease = self._session.lease
+        return lease is not None and lease.message.version == version and lease.message.id > self._done_lease
 
     async def _unless(self, over: Callable[[], bool | None], work: Awaitable[None]) -> None:
         """Run `work`, and cancel it once `over` holds."""

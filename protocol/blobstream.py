@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.blobs import PIECE_BYTES, BlobRef, blob_leaves, blob_ref, split_pieces
+from hivegrpo.protocol.blobs import PIECE_BYTES, BlobRef, blob_ref
 from hivegrpo.protocol.envelope import DIGEST_BYTES, parse
 from hivegrpo.protocol.errors import CommitmentError, FrameError, RemoteError, WireError
 from hivegrpo.protocol.files import sync_folder, write_whole
@@ -21,6 +21,9 @@ from hivegrpo.protocol.transport.base import MAX_FRAME_BYTES, Stream, Transport
 BLOB = "blob"
 MAX_BLOB_BYTES = (MAX_FRAME_BYTES // HASH_BYTES) * PIECE_BYTES
 """Largest blob: its leaf hashes fit in one frame (64 GiB)."""
+
+FAIR_SECONDS = 15.0
+"""What one of many holders may take at least, seconds."""
 
 
 class BlobStore:
@@ -79,7 +82,7 @@ class BlobStore:
     def leaves(self, ref: BlobRef) -> list[bytes]:
         """Leaf hashes of a blob that is here."""
         if ref.root not in self._leaves:
-            self._leaves[ref.root] = blob_leaves(self.read(ref))
+            self._leaves[ref.root] = _leaves_of(self.folder / ref.root.hex())
         return self._leaves[ref.root]
 
     def read_piece(self, ref: BlobRef, index: int) -> bytes:
@@ -110,8 +113,9 @@ async def fetch_blob(
 ) -> Path:
     """Get a blob from the first holders that can serve it, and keep it in `store`.
 
-    Pieces are checked one by one as they arrive and survive a failing holder or a restart. RemoteError when no
-    holder could serve it whole within `timeout` seconds.
+    Pieces are checked one by one as they arrive and survive a failing holder or a restart. None of several holders
+    gets all the time, so that a slow one does not keep the others from being asked. RemoteError when no holder could
+    serve it whole within `timeout` seconds.
     """
     if ref.size > MAX_BLOB_BYTES:
         raise FrameError(f"a blob of {ref.size} bytes is above the bound of {MAX_BLOB_BYTES}")
@@ -119,13 +123,17 @@ async def fetch_blob(
     if here is not None:
         return here
     failures = []
+    share = timeout if len(holders) < 2 else max(timeout / len(holders), min(timeout / 2, FAIR_SECONDS))
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(timeout):
             for holder in holders:
                 try:
-                    return await _fetch_from(transport, ref, holder, store)
+                    async with asyncio.timeout(share):
+                        return await _fetch_from(transport, ref, holder, store)
                 except WireError as error:
                     failures.append(f"{holder}: {error}")
+                except TimeoutError:
+                    failures.append(f"{holder}: not whole within {share:.0f} s")
     raise RemoteError(f"no holder served blob {ref.root.hex()[:16]} ({'; '.join(failures) or 'none known'})")
 
 
@@ -165,4 +173,10 @@ def _split_leaves(data: bytes, ref: BlobRef) -> list[bytes]:
 
 def _matches(path: Path, leaves: Sequence[bytes]) -> bool:
     """Whether a file's pieces have these hashes: parts that an earlier process left are not trusted."""
-    return [leaf_hash(piece) for piece in split_pieces(path.read_bytes())] == list(leaves)
+    return _leaves_of(path) == list(leaves)
+
+
+def _leaves_of(path: Path) -> list[bytes]:
+    """Leaf hashes of a file's pieces, read one by one: a blob may be larger than memory."""
+    with path.open("rb") as file:
+        return [leaf_hash(piece) for piece in iter(lambda: file.read(PIECE_BYTES), b"")]

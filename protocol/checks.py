@@ -3,7 +3,7 @@
 Signatures say who wrote a message; these say that it makes sense on its own. All raise FrameError.
 """
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 
 from hivegrpo.protocol import hivegrpo_pb2 as pb
@@ -14,6 +14,9 @@ from hivegrpo.protocol.scalars import StepScalars, fp32_from_bits
 
 MAX_METRICS = 64
 MAX_METRIC_NAME = 64
+MAX_METRIC = 1e30
+"""Largest magnitude of a reported metric: what is summed and weighted over a whole roster stays finite."""
+
 MAX_ADDRESSES = 16
 MAX_ROSTER = 4096
 MAX_REDUCERS = 64
@@ -22,13 +25,13 @@ MAX_VALUES = 1 << 34
 MAX_SECONDS = 86_400.0
 
 
-def check_metrics(metrics: Mapping[str, float]) -> None:
-    """Few, shortly named, finite numbers."""
+def check_metrics(metrics: Mapping[str, float], most: float = MAX_METRIC) -> None:
+    """Few, shortly named numbers of bounded magnitude."""
     if len(metrics) > MAX_METRICS:
         raise FrameError(f"{len(metrics)} metrics; at most {MAX_METRICS} are taken")
     for name, value in metrics.items():
-        if len(name) > MAX_METRIC_NAME or not math.isfinite(value):
-            raise FrameError(f"metric {name[:MAX_METRIC_NAME]!r} is too long or not finite")
+        if len(name.encode()) > MAX_METRIC_NAME or not abs(value) <= most:
+            raise FrameError(f"metric {name[:MAX_METRIC_NAME]!r} is too long, too large or not a number")
 
 
 def check_digest(value: bytes, what: str) -> None:
@@ -39,7 +42,7 @@ def check_digest(value: bytes, what: str) -> None:
 
 def check_addresses(addresses: Sequence[str]) -> None:
     """Few and short; that they parse is the dialler's business."""
-    if len(addresses) > MAX_ADDRESSES or any(len(address) > 256 for address in addresses):
+    if len(addresses) > MAX_ADDRESSES or any(len(address.encode()) > 256 for address in addresses):
         raise FrameError("too many or too long addresses")
 
 
@@ -57,14 +60,15 @@ def check_lease(lease: pb.Lease) -> None:
 
 
 def check_contribution(contribution: pb.Contribution, lease: pb.Lease) -> None:
-    """Each offset of the lease is accounted for exactly once, and the weight is within the lease's bound."""
+    """Each offset of the lease is accounted for exactly once, and the weight is within what the used ones allow."""
     check_digest(contribution.root, "the contribution's root")
     check_metrics(contribution.metrics)
     offsets = [*contribution.used, *contribution.dropped, *contribution.returned]
     if len(offsets) != lease.count or set(offsets) != set(range(lease.count)):
         raise FrameError("used, dropped and returned offsets do not cover the lease exactly once")
-    if not 0 <= contribution.weight <= lease.max_weight:
-        raise FrameError(f"weight {contribution.weight} is above the lease's bound of {lease.max_weight}")
+    most = lease.max_weight * len(contribution.used) // lease.count
+    if contribution.weight > most:
+        raise FrameError(f"weight {contribution.weight} is above the lease's bound of {most} for what is used")
     if bool(contribution.used) != bool(contribution.weight):
         raise FrameError("a contribution has weight if and only if it uses a group")
 
@@ -106,14 +110,14 @@ def check_sender_report(report: pb.SenderReport, plan: pb.RoundPlan) -> None:
 
 
 def check_seal(seal: pb.Seal, plan: pb.RoundPlan) -> None:
-    """A non-empty subset of the plan's roster, in its order, with finite coefficients."""
+    """A non-empty subset of the plan's roster, in its order, with coefficients between 0 and 1."""
     check_digest(seal.plan, "the seal's plan")
     peers = [sealed.peer for sealed in seal.contributors]
     roster = {contributor.peer for contributor in plan.contributors}
     if not peers or peers != sorted(set(peers)) or not set(peers) <= roster:
         raise FrameError("the seal's contributors are not an ordered subset of the plan's roster")
-    if not all(math.isfinite(fp32_from_bits(sealed.coefficient)) for sealed in seal.contributors):
-        raise FrameError("a coefficient of the seal is not finite")
+    if not all(0.0 <= fp32_from_bits(sealed.coefficient) <= 1.0 for sealed in seal.contributors):
+        raise FrameError("a coefficient of the seal is not a share of the weight")
 
 
 def check_step_report(report: pb.StepReport, plan: pb.RoundPlan) -> None:
@@ -131,7 +135,7 @@ def check_manifest(manifest: pb.VersionManifest) -> None:
     """Well-formed digests; version 0 has no plan, all others have one."""
     check_digest(manifest.parent, "the manifest's parent")
     check_digest(manifest.state.root, "the state root")
-    check_metrics(manifest.metrics)
+    check_metrics(manifest.metrics, most=sys.float_info.max)
     for digest in (manifest.plan, manifest.seal):
         if manifest.version == 0:
             if digest:

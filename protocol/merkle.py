@@ -46,6 +46,8 @@ def check_range(root: bytes, size: int, run: range, leaves: Sequence[bytes], pro
     assert 0 <= run.start < run.stop <= size
     if len(leaves) != len(run):
         raise CommitmentError(f"expected {len(run)} leaf hashes, got {len(leaves)}")
+    if any(len(node) != HASH_BYTES for node in proof):
+        raise CommitmentError("the Merkle proof holds something that is no hash")
     rest = iter(proof)
 
     def rebuild(low: int, high: int) -> bytes:

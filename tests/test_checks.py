@@ -15,7 +15,7 @@ SCALARS = StepScalars.for_step(1, learning_rate=0.1, beta1=0.9, beta2=0.99, epsi
 INFINITE = float("inf")
 
 LEASE = pb.Lease(id=1, peer="a", version=1, count=3, max_weight=24, seconds=60.0)
-CONTRIBUTION = pb.Contribution(lease=1, version=1, used=[0], dropped=[1], returned=[2], weight=24, root=ROOT)
+CONTRIBUTION = pb.Contribution(lease=1, version=1, used=[0], dropped=[1], returned=[2], weight=8, root=ROOT)
 PLAN = pb.RoundPlan(
     version=2,
     parent=ROOT,

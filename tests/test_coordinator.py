@@ -90,6 +90,17 @@ def test_genesis_waits_for_enough_peers_that_agree() -> None:
     assert answer.reason.startswith("invalid")
 
 
+def test_genesis_takes_no_other_root_than_the_manifest_pins() -> None:
+    machine = Machine(peers=2, genesis=b"0" * 32, run={"start_peers": 1})
+    liar, honest = machine.peers
+    machine.join(liar, honest)
+    answer = machine.report(liar, pb.Ready(version=0, state_root=b"x" * 32))
+    assert not answer.accepted
+    assert machine.state.phase is Phase.GENESIS
+    machine.ready(honest, root=b"0" * 32)
+    assert machine.manifest.state.root == b"0" * 32
+
+
 def test_genesis_does_not_settle_a_tie() -> None:
     machine = Machine(peers=3)
     machine.join(*machine.peers)

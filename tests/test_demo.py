@@ -7,7 +7,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,18 @@ import psutil
 import pytest
 from rich.console import Console
 from support.processes import ADDITION, addition_config
+from support.programs import WAIT, gone, python
 
 from hivegrpo.cli import demo
 from hivegrpo.cli.accuracy import Accuracy
-from hivegrpo.cli.children import Children
 from hivegrpo.cli.display import display, picture, sparkline
 from hivegrpo.cli.output import Record
 from hivegrpo.cli.plot import plot_rewards
 from hivegrpo.cli.progress import Progress
 from hivegrpo.cli.report import differing_versions, report, summary
+from hivegrpo.coordinator.events import PeerLeft
+from hivegrpo.coordinator.log import LOG_FILE, EventLog
+from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.errors import HiveError
 
 ALICE, BOB = "12D3KooWAlice", "12D3KooWBob"
@@ -150,115 +153,6 @@ def test_the_plot_is_a_png(progress: Progress, tmp_path: Path) -> None:
     assert len(content) > 10_000
 
 
-def python(code: str) -> list[str]:
-    """A program that blocks SIGINT, says who it is, and goes on with `code`."""
-    before = "import json, os, signal, subprocess, sys\nsignal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])\n"
-    return [sys.executable, "-c", f"{before}print(json.dumps({{'pid': os.getpid()}}), flush=True)\n{code}"]
-
-
-WAIT = "signal.sigwait([signal.SIGINT])\n"
-STUBBORN = (
-    "child = subprocess.Popen(['sleep', '1000'], start_new_session=True)\n"
-    "print(json.dumps({'pid': child.pid}), flush=True)\n"
-    "while True:\n    signal.sigwait([signal.SIGINT])\n"
-)
-
-
-class Told:
-    """Lines of children, as they come."""
-
-    def __init__(self) -> None:
-        self.records: asyncio.Queue[Record] = asyncio.Queue()
-
-    async def pids(self, count: int) -> list[int]:
-        async with asyncio.timeout(60):
-            return [(await self.records.get())["pid"] for _ in range(count)]
-
-
-def gone(pids: list[int]) -> bool:
-    return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids)
-
-
-def test_children_leave_when_asked_and_the_first_one_last(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        told = Told()
-        async with Children(tmp_path) as children:
-            for name in ("first", "second", "third"):
-                ends = f"{WAIT}open({str(tmp_path / 'ends')!r}, 'a').write({name + ' '!r})"
-                await children.start(name, python(ends), told.records.put_nowait)
-            pids = await told.pids(3)
-        assert gone(pids)
-
-    asyncio.run(scenario())
-    assert (tmp_path / "ends").read_text().split()[2] == "first"
-
-
-def test_stubborn_children_are_killed_with_all_that_they_started(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("hivegrpo.cli.children.GRACEFUL_SECONDS", 0.1)
-    monkeypatch.setattr("hivegrpo.cli.children.SHORT", 0.5)
-
-    async def scenario() -> None:
-        told = Told()
-        with suppress(ZeroDivisionError):
-            async with Children(tmp_path) as children:
-                await children.start("stubborn", python(STUBBORN), told.records.put_nowait)
-                pids = await told.pids(2)
-                assert not gone(pids)
-                raise ZeroDivisionError
-        assert gone(pids)
-
-    asyncio.run(scenario())
-
-
-def test_all_can_be_killed_at_once(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        told = Told()
-        async with Children(tmp_path) as children:
-            tasks = [await children.start(name, python(STUBBORN), told.records.put_nowait) for name in ("a", "b")]
-            pids = await told.pids(4)
-            children.kill()
-            await asyncio.wait(tasks, timeout=60)
-            assert gone(pids)
-
-    asyncio.run(scenario())
-
-
-@pytest.mark.parametrize(
-    ("code", "says"),
-    [
-        ("sys.exit('the disk is full')", "peer-1 ended with exit code 1. It said last:\nthe disk is full"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "peer-1 was ended by SIGKILL. It said nothing."),
-        ("sys.stdout.write('{half a li'); sys.exit(3)", "peer-1 ended with exit code 3."),
-    ],
-)
-def test_a_child_that_fails_is_named_with_its_last_words(tmp_path: Path, code: str, says: str) -> None:
-    async def scenario() -> None:
-        async with Children(tmp_path) as children:
-            task = await children.start("peer-1", python(code), lambda record: None)
-            with pytest.raises(HiveError) as failure:
-                await task
-            assert says in failure.value.message
-            assert str(tmp_path / "peer-1.log") in failure.value.hint
-
-    asyncio.run(scenario())
-
-
-def test_logs_move_into_the_runs_folder(tmp_path: Path) -> None:
-    (tmp_path / "before").mkdir()
-
-    async def scenario() -> None:
-        told = Told()
-        async with Children(tmp_path / "before") as children:
-            await children.start("one", python(f"{WAIT}sys.stderr.write('later')"), told.records.put_nowait)
-            await told.pids(1)
-            children.move_logs(tmp_path / "after")
-
-    asyncio.run(scenario())
-    assert (tmp_path / "after" / "one.log").read_text() == "later"
-
-
 @pytest.fixture
 def swarm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """What coordinator and peers of a demo do, as code; each of them notes its pid in a file first."""
@@ -347,7 +241,10 @@ class Demo:
         command = [sys.executable, "-m", "hivegrpo.cli.main", "demo", "--config", str(config), *flags]
         environment = os.environ | {"HIVEGRPO_HOME": str(folder / "state")}
         pipe = asyncio.subprocess.PIPE
-        return cls(await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe, env=environment))
+        process = await asyncio.create_subprocess_exec(
+            *command, stdout=pipe, stderr=pipe, env=environment, start_new_session=True
+        )
+        return cls(process)
 
     async def until(self, version: int) -> None:
         """Wait for the line of a version."""
@@ -429,9 +326,12 @@ def test_ctrl_c_ends_the_demo_and_all_its_processes(tmp_path: Path) -> None:
         await started.until(1)
         family = started.family()
         assert len(family) == 8
-        started.process.send_signal(signal.SIGINT)
+        os.killpg(started.process.pid, signal.SIGINT)  # as a terminal does it
         code, _ = await started.end()
         assert code == demo.INTERRUPTED, "".join(started.lines)
         assert gone(list(family))
 
     with_demo(tmp_path, scenario)
+    (home,) = (tmp_path / "state" / "runs").glob("*/coordinator")
+    with closing(EventLog(home / LOG_FILE, ChainFile.open(home).chain.run_id)) as log:
+        assert sum(isinstance(event, PeerLeft) for event in log.replay()) == 3

@@ -49,7 +49,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 def test_a_run_pins_everything_that_peers_compute_with(prepared: Prepared) -> None:
     manifest = prepared.manifest
     assert manifest.coordinator == COORDINATOR.peer_id
-    assert sorted(manifest.digests) == ["base", "chat_template", "dataset", "known_answer", "tokenizer"]
+    assert sorted(manifest.digests) == ["base", "chat_template", "dataset", "genesis", "known_answer", "tokenizer"]
     assert "config.json" in [file.name for file in manifest.model]
     assert all(
         prepared.store.has(BlobRef(file.blob.root, file.blob.size)) for file in (*manifest.model, manifest.dataset)

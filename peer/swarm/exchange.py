@@ -4,6 +4,7 @@ Streams "push" (sender to reducer) and "span" (from the reducer, or from any pee
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -55,6 +56,9 @@ class Exchange:
     ) -> None:
         self.plan = plan
         self.spans: dict[int, Span] = {}
+        self.began = time.perf_counter()
+        self.seconds = 0.0
+        """From the plan until all spans are here."""
         self.bytes_sent = 0
         self.bytes_received = 0
         self._own = own
@@ -90,13 +94,18 @@ class Exchange:
         except TimeoutError:
             missing = sorted(set(range(len(self.plan.message.reducers))) - set(self.spans))
             raise RemoteError(f"spans {missing} did not come within {self.plan.message.step_seconds:.0f} s") from None
+        self.seconds = time.perf_counter() - self.began
         return [self.spans[index] for index in range(len(self.spans))]
 
     async def serve_push(self, stream: Stream, header: pb.PushHeader) -> None:
         """Take a sender's chunks."""
         if self.reducer is None or header.span != self.reducer.span:
             raise StaleError("this peer does not reduce that span")
-        await self.reducer.receive(stream, header)
+        try:
+            async with asyncio.timeout(self.plan.message.exchange_seconds):
+                await self.reducer.receive(stream, header)
+        except TimeoutError:
+            raise StaleError(f"the push did not end within {self.plan.message.exchange_seconds:g} s") from None
         await stream.send(pb.Ack(accepted=True).SerializeToString())
         self._count(stream)
 

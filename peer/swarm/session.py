@@ -26,6 +26,7 @@ from hivegrpo.protocol.errors import (
 )
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.transport.base import MAX_CALL_BYTES, Stream, Transport
+from hivegrpo.protocol.transport.serving import printable
 
 log = structlog.get_logger(__name__)
 
@@ -146,7 +147,7 @@ class Session:
             await stream.send(sign(self._identity, self._run_id, self._join()).SerializeToString())
             ack = parse(pb.Ack, await stream.receive(MAX_CALL_BYTES))
             if not ack.accepted:
-                raise MismatchError(f"The coordinator refuses this peer: {ack.reason[:500]}.", REFUSED_HINT)
+                raise MismatchError(f"The coordinator refuses this peer: {printable(ack.reason)}.", REFUSED_HINT)
             await self._set_connected(True)
             while not self.finished:
                 await self._take(stream)

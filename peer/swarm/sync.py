@@ -1,7 +1,8 @@
 """Catching up: the chain from the coordinator or any peer, the newest anchor, and the updates since."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 
 import structlog
 
@@ -12,12 +13,15 @@ from hivegrpo.protocol.blobs import BlobRef
 from hivegrpo.protocol.blobstream import fetch_blob
 from hivegrpo.protocol.chainstream import extend_chain
 from hivegrpo.protocol.envelope import open_signed, parse
-from hivegrpo.protocol.errors import RemoteError, WireError
+from hivegrpo.protocol.errors import ChainError, RemoteError, WireError
 from hivegrpo.protocol.transport.base import Transport
 
 log = structlog.get_logger(__name__)
 
 HOLDERS_KEY = "holders"
+MAX_ASKED = 128
+"""Holders that are dialled for one blob, all at once: anybody can announce addresses where nobody answers."""
+
 ATTEMPTS = 12
 FIRST_PAUSE, LAST_PAUSE = 0.1, 2.0
 
@@ -25,11 +29,14 @@ FIRST_PAUSE, LAST_PAUSE = 0.1, 2.0
 class Synchroniser:
     """Brings `versions` to the head of the chain. The coordinator is asked last for bulk data."""
 
-    def __init__(self, versions: Versions, transport: Transport, directory: Directory, coordinator: str) -> None:
+    def __init__(
+        self, versions: Versions, transport: Transport, directory: Directory, coordinator: str, worker: Executor
+    ) -> None:
         self._versions = versions
         self._transport = transport
         self._directory = directory
         self._coordinator = coordinator
+        self._worker = worker
 
     async def run(self) -> None:
         """Verify the chain up to the newest version and get its state. RemoteError if nobody has what is missing."""
@@ -51,12 +58,17 @@ class Synchroniser:
         """Get one blob from the peers that may have it, the coordinator last."""
         holders = [*also, *self._directory.known()]
         holders = [peer for peer in dict.fromkeys(holders) if peer not in (self._coordinator, self._transport.peer_id)]
-        for peer in holders:
-            try:
-                await self._directory.reach(peer, timeout=3.0)
-            except WireError as error:
-                log.debug("a holder is out of reach", peer=peer, reason=str(error))
-        await fetch_blob(self._transport, ref, [*holders, self._coordinator], self._versions.store)
+        found = await asyncio.gather(*map(self._is_reached, holders[:MAX_ASKED]))
+        reached = [peer for peer, here in zip(holders, found, strict=False) if here]
+        await fetch_blob(self._transport, ref, [*reached, self._coordinator], self._versions.store)
+
+    async def _is_reached(self, peer: str) -> bool:
+        try:
+            await self._directory.reach(peer, timeout=3.0)
+        except WireError as error:
+            log.debug("a holder is out of reach", peer=peer, reason=str(error))
+            return False
+        return True
 
     async def _extend(self) -> None:
         """Chain entries; they come from the coordinator, or else from whoever has them."""
@@ -69,6 +81,10 @@ class Synchroniser:
                 return
             except WireError as error:
                 log.debug("no chain from this holder", holder=holder, reason=str(error))
+            except ChainError as error:
+                if holder == self._coordinator:
+                    raise
+                log.warning("a holder serves a chain that does not verify", holder=holder, reason=str(error))
 
     async def _advance(self) -> None:
         versions = self._versions
@@ -77,14 +93,18 @@ class Synchroniser:
             entry = versions.chain.entries[anchor]
             try:
                 await self.fetch(ref_of(entry.manifest.message.state), self._roster(anchor))
-                await asyncio.to_thread(versions.load_anchor, anchor)
+                await self._on_worker(versions.load_anchor, anchor)
             except RemoteError as error:
                 log.info("the newest anchor is not to be had; replaying updates", anchor=anchor, reason=str(error))
         while versions.version < versions.chain.height:
             following = versions.version + 1
             for ref in versions.span_refs(following):
                 await self.fetch(ref, self._roster(following))
-            await asyncio.to_thread(versions.replay_next)
+            await self._on_worker(versions.replay_next)
+
+    async def _on_worker(self, function: Callable[..., None], *args: int) -> None:
+        """On the one thread that changes versions."""
+        await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
 
     def _roster(self, version: int) -> list[str]:
         """Those who took part in making a version have its spans."""

@@ -15,7 +15,7 @@ from hivegrpo.protocol.blobstream import BlobStore
 from hivegrpo.protocol.chain import Entry
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.config import RunConfig
-from hivegrpo.protocol.errors import ChainError
+from hivegrpo.protocol.errors import ChainError, StaleError
 from hivegrpo.protocol.files import write_whole
 
 KEPT_ANCHORS = 2
@@ -47,6 +47,13 @@ class Versions:
     def values(self) -> int:
         """Length of the vector of trainable parameters."""
         return int(self.state.parameters.numel())
+
+    def check_plan(self, plan: pb.RoundPlan) -> None:
+        """StaleError unless the plan continues this chain, with the run's own codec, rule and vector."""
+        head, averaging = self.chain.head, self._config.averaging
+        run = (averaging.codec, averaging.rule, self.values)
+        if head is None or plan.parent != head.manifest.digest or (plan.codec, plan.rule, plan.values) != run:
+            raise StaleError("a plan for another chain, or with other terms than the run's")
 
     def shadow(self, plan: pb.RoundPlan, spans: Sequence[bytes]) -> tuple[PolicyState, bytes]:
         """The state after the plan's step, beside the current one, and its root. Runs on the worker thread.

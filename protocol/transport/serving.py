@@ -26,7 +26,7 @@ PROTOCOL = "hivegrpo/1/"
 
 CALL = "call"
 MAX_HINT_BYTES = 8 << 10
-MAX_REASON_CHARS = 200
+MAX_REASON_CHARS = 300
 CALLS_AT_ONCE = 8
 """Calls in flight to one peer; the next ones wait."""
 
@@ -193,7 +193,7 @@ class ServingTransport(Transport):
         kind = type(error).__name__
         count = self.rejected.get(kind, 0) + 1
         self.rejected[kind] = count
-        if count <= 8 or count & (count - 1) == 0:
+        if is_shown(count):
             log.warning("rejected", error=kind, reason=printable(error.message), peer=remote, count=count)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -226,6 +226,11 @@ class _Line:
     def _drop(self, stream: FramedStream) -> None:
         self._idle = [(kept, timer) for kept, timer in self._idle if kept is not stream]
         stream.abort()
+
+
+def is_shown(count: int) -> bool:
+    """Whether the `count`-th event of a kind that strangers can cause is worth a line in the log."""
+    return count <= 8 or count & (count - 1) == 0
 
 
 def printable(text: str) -> str:

@@ -38,7 +38,7 @@ def make_config(**sections: dict[str, Any]) -> RunConfig:
 class Machine:
     """A coordinator's state machine with a hand-turned clock, and peers that say what they are told to say."""
 
-    def __init__(self, peers: int = 3, **sections: dict[str, Any]) -> None:
+    def __init__(self, peers: int = 3, genesis: bytes = b"", **sections: dict[str, Any]) -> None:
         self.coordinator = Identity.generate()
         self.config = make_config(**sections)
         layout = [pb.Tensor(name="a", shape=[VALUES // 100, 100])]
@@ -47,7 +47,7 @@ class Machine:
             coordinator=self.coordinator.peer_id,
             config=self.config.canonical_json(),
             layout=layout,
-            digests={"known_answer": b"k" * 32},
+            digests={"known_answer": b"k" * 32, "genesis": genesis},
         )
         payload = manifest.SerializeToString(deterministic=True)
         self.run_id = run_id_of(payload)
