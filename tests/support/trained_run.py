@@ -61,11 +61,16 @@ class MadeRun:
         return self.chain.entries[version].manifest.message
 
 
-def write_base(folder: Path) -> None:
-    """A byte-level Qwen2 of two layers; wide enough that the adapter spans two chunks, one for each reducer."""
+def byte_level_tokenizer() -> Qwen2Tokenizer:
+    """One token a byte, and two special ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<end>", *alphabet])}
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token="<end>", eos_token="<end>", pad_token="<pad>")
+    return Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token="<end>", eos_token="<end>", pad_token="<pad>")
+
+
+def write_base(folder: Path) -> None:
+    """A byte-level Qwen2 of two layers; wide enough that the adapter spans two chunks, one for each reducer."""
+    tokenizer = byte_level_tokenizer()
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
