@@ -95,7 +95,9 @@ def test_the_swarms_average_is_the_weighted_mean(tmp_path: Path) -> None:
 
 
 def test_a_peer_that_dies_in_the_rollout_costs_its_lease_and_nothing_else(tmp_path: Path) -> None:
-    swarm = make_swarm(tmp_path, small_config(run={"start_peers": 3, "versions": 4}))
+    # The lease itself outlasts the test: only the grace of a lost peer can free it.
+    config = small_config(run={"start_peers": 3, "versions": 4}, timing={"lease": 300.0})
+    swarm = make_swarm(tmp_path, config)
 
     async def scenario() -> None:
         coordinator = await swarm.start_coordinator()
