@@ -127,13 +127,14 @@ def _grant(state: State, payload: bytes, at: float) -> None:
     lease = parse(pb.Lease, payload)
     current = state.round
     state.leases[lease.id] = Granted(lease, payload, at)
-    state.next_lease = lease.id + 1
-    state.positions.take(range(lease.start, lease.start + lease.count))
+    if lease.iteration == 0:
+        state.next_lease = lease.id + 1
+        state.positions.take(range(lease.start, lease.start + lease.count))
     state.members[lease.peer].lease = lease.id
     state.unserved.pop(lease.peer, None)
     state.idle.pop(lease.peer, None)
     current.served[lease.peer] = lease.id
-    current.leased += lease.count
+    current.leased += lease.wanted
     current.evaluating = current.evaluating or lease.evaluate
     if current.rollout_at is None:
         current.rollout_at = at
@@ -141,13 +142,14 @@ def _grant(state: State, payload: bytes, at: float) -> None:
 
 def _expire(state: State, lease_id: int) -> None:
     lease = _end_lease(state, lease_id)
-    state.positions.give_back(range(lease.start, lease.start + lease.count))
+    if lease.iteration == 0:
+        state.positions.give_back(range(lease.start, lease.start + lease.count))
     current = state.round
     if lease.evaluate:
         current.evaluating = False
     current.served.pop(lease.peer)
     current.absent.pop(lease.peer, None)
-    if not state.leases and not current.contributions:
+    if not state.leases and not current.contributions and current.iteration == 0:
         current.rollout_at = None
     _offer(state, lease.peer)
 
@@ -155,7 +157,7 @@ def _expire(state: State, lease_id: int) -> None:
 def _end_lease(state: State, lease_id: int) -> pb.Lease:
     lease = state.leases.pop(lease_id).message
     state.members[lease.peer].lease = None
-    state.round.leased -= lease.count
+    state.round.leased -= lease.wanted
     return lease
 
 
@@ -163,25 +165,27 @@ def _contribute(state: State, signed: pb.Signed) -> None:
     contribution = parse(pb.Contribution, signed.payload)
     current = state.round
     lease = _end_lease(state, contribution.lease)
-    state.positions.give_back(sorted(lease.start + offset for offset in contribution.returned))
-    current.spent += len(contribution.used) + len(contribution.dropped)
+    if lease.iteration == 0:
+        state.positions.give_back(sorted(lease.start + offset for offset in contribution.returned))
+        current.spent += min(lease.wanted, len(contribution.used) + len(contribution.dropped))
     if lease.evaluate:
         current.evaluation = {
             name: value for name, value in contribution.metrics.items() if name.startswith(EVALUATION_PREFIX)
         }
-    digest = digest_of(signed.payload)
+    held = Held(lease, contribution, digest_of(signed.payload))
     if contribution.weight:
-        current.contributions[lease.peer] = Held(lease, contribution, digest)
+        current.contributions[lease.peer] = held
     else:
-        current.empties[lease.peer] = digest
+        current.empties[lease.peer] = held
         current.absent.pop(lease.peer, None)
 
 
 def _reject(state: State, peer: str) -> None:
     current = state.round
     held = current.contributions.pop(peer)
-    state.positions.give_back(sorted(held.lease.start + offset for offset in held.message.used))
-    current.spent -= len(held.message.used)
+    if held.lease.iteration == 0:
+        state.positions.give_back(sorted(held.lease.start + offset for offset in held.message.used))
+        current.spent -= len(held.message.used)
     current.served.pop(peer)
     current.absent.pop(peer, None)
     _offer(state, peer)
@@ -226,8 +230,10 @@ def _vote(state: State, signed: pb.Signed, at: float) -> None:
 
 def _commit(state: State, payload: bytes) -> None:
     manifest = parse(pb.VersionManifest, payload)
-    attempt = state.round.attempt
-    state.last_lease_digests = {held.message.lease: held.digest for held in state.round.contributions.values()}
+    before, attempt = state.round, state.round.attempt
+    state.last_lease_digests = {
+        (held.lease.id, held.lease.iteration): held.digest for held in before.contributions.values()
+    }
     for contributor in manifest.contributors:
         state.members[contributor.peer].contributed += 1
     state.head = Head(manifest, payload, digest_of(payload))
@@ -239,6 +245,9 @@ def _commit(state: State, payload: bytes) -> None:
             state.members[peer].ready, state.members[peer].ready_root = manifest.version, manifest.state.root
     state.round = Round(manifest.version + 1)
     _begin_rollout(state)
+    rollouts = {peer: held for peer, held in before.contributions.items() if peer in state.connected}
+    if rollouts and before.iteration + 1 < state.terms.config.grpo.num_iterations:
+        state.round.iteration, state.round.rollouts = before.iteration + 1, rollouts
     if manifest.version == 0:
         for peer in list(state.idle):
             if state.members[peer].ready_root != manifest.state.root:

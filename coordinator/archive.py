@@ -12,7 +12,7 @@ from hivegrpo.protocol.errors import WireError
 from hivegrpo.protocol.transport.base import Transport
 
 KEPT_ANCHORS = 2
-"""Newest anchors that are kept, beside the final version. Version 0 is made from the seed and needs no keeping."""
+"""Newest anchors that are kept, beside the final version and the reference. Version 0 is made from the seed."""
 
 TRIES = 5
 FIRST_PAUSE = 0.5
@@ -22,7 +22,7 @@ log = structlog.get_logger(__name__)
 
 
 class Archive:
-    """Fetches anchors one after the other, in a task of its own."""
+    """Fetches anchors one after the other, in a task of its own. A version that is a KL reference is one, too."""
 
     def __init__(
         self,
@@ -48,6 +48,7 @@ class Archive:
         self._wanted: asyncio.Queue[pb.VersionManifest] = asyncio.Queue()
         self._open = 0
         self._kept: dict[int, BlobRef] = {}
+        self._reference = 0
 
     @property
     def idle(self) -> bool:
@@ -61,18 +62,20 @@ class Archive:
 
     def restore(self, manifests: Sequence[pb.VersionManifest]) -> None:
         """After a start: note the anchors that are here, and want those that should be."""
-        anchors = [manifest for manifest in manifests if self._is_anchor(manifest.version)]
+        anchors = [manifest for manifest in manifests if self._is_anchor(manifest)]
+        self._reference = manifests[-1].reference_version if manifests else 0
         for manifest in anchors:
             ref = BlobRef(manifest.state.root, manifest.state.size)
             if self._store.has(ref):
                 self._kept[manifest.version] = ref
-            elif manifest in anchors[-KEPT_ANCHORS:]:
+            elif manifest in anchors[-KEPT_ANCHORS:] or manifest.version == self._reference:
                 self.want(manifest)
         self._prune()
 
     def want(self, manifest: pb.VersionManifest) -> None:
         """Archive a version's state, if it is an anchor."""
-        if self._is_anchor(manifest.version):
+        if self._is_anchor(manifest):
+            self._reference = max(self._reference, manifest.reference_version)
             self._open += 1
             self._wanted.put_nowait(manifest)
 
@@ -100,15 +103,16 @@ class Archive:
                 self._kept[version] = ref
                 self._prune()
                 return
-            if not left or not self._wanted.empty():
+            if not left or (version != self._reference and not self._wanted.empty()):
                 return  # a newer anchor is wanted: it serves as well, and peers no longer keep this one
             await asyncio.sleep(pause)
             pause *= 2
 
-    def _is_anchor(self, version: int) -> bool:
-        return version > 0 and (version % self._every == 0 or version == self._final)
+    def _is_anchor(self, manifest: pb.VersionManifest) -> bool:
+        version = manifest.version
+        return version > 0 and (version % self._every == 0 or version in (self._final, manifest.reference_version))
 
     def _prune(self) -> None:
-        spared = {self._final, *sorted(self._kept)[-KEPT_ANCHORS:]}
+        spared = {self._final, self._reference, *sorted(self._kept)[-KEPT_ANCHORS:]}
         for version in [version for version in self._kept if version not in spared]:
             self._store.remove(self._kept.pop(version).root)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hivegrpo.coordinator import events as ev
+from hivegrpo.coordinator.metrics import why_empty
 from hivegrpo.coordinator.planning import (
     LARGEST_ROSTER,
     genesis_payload,
@@ -14,6 +15,8 @@ from hivegrpo.coordinator.planning import (
     lease_payload,
     manifest_payload,
     plan_payload,
+    positions_for,
+    renewed_lease_payload,
     seal_payload,
     wants_evaluation,
 )
@@ -69,19 +72,22 @@ def _rollout(state: State, now: float) -> Decision:
     expired = tuple(_expiries(state, now))
     if expired:
         return Decision(expired)
-    timing, current = state.terms.config.timing, state.round
-    deadline = None if current.rollout_at is None else current.rollout_at + timing.lease
+    config, current = state.terms.config, state.round
+    deadline = None if current.rollout_at is None else current.rollout_at + config.timing.lease
     late = bool(current.contributions) and deadline is not None and now >= deadline
     if not late:
-        grants = tuple(_grants(state, now))
+        grants = tuple(_renewals(state, now) if current.iteration else _grants(state, now))
         if grants:
             return Decision(grants)
     if current.contributions and (late or not state.leases):
-        unfinished = [ev.LeaseExpired(now, lease, "the round was planned without it") for lease in state.leases]
+        unfinished = [_expiry(state, now, lease, "the round was planned without it") for lease in state.leases]
         reason = "the deadline has passed" if late else "nothing more is expected"
         return Decision((*unfinished, ev.RolloutClosed(now, current.version, reason)))
-    if current.empties and not state.leases and not current.contributions:
-        return Decision((ev.RoundEmpty(now, current.version),))
+    if not state.leases and not current.contributions:
+        if current.iteration:
+            return _abandon(state, now, f"no rollout is left for iteration {current.iteration}")
+        if current.empties:
+            return Decision((ev.RoundEmpty(now, current.version, why_empty(current.empties.values(), config.grpo)),))
     return Decision(wake=min(_rollout_timers(state, deadline, now), default=None))
 
 
@@ -92,13 +98,17 @@ def _expiries(state: State, now: float) -> Iterator[ev.LeaseExpired]:
         if now < lease.at + timing.lease:
             break
         ended.add(lease_id)
-        yield ev.LeaseExpired(now, lease_id, f"no contribution within {timing.lease:.0f} s")
+        yield _expiry(state, now, lease_id, f"no contribution within {timing.lease:.0f} s")
     for peer, since in state.round.absent.items():
         if now < since + timing.grace:
             break
         held = state.members[peer].lease
         if held is not None and held not in ended:
-            yield ev.LeaseExpired(now, held, "its peer left" if state.members[peer].left else "its peer was lost")
+            yield _expiry(state, now, held, "its peer left" if state.members[peer].left else "its peer was lost")
+
+
+def _expiry(state: State, now: float, lease: int, reason: str) -> ev.LeaseExpired:
+    return ev.LeaseExpired(now, lease, reason, state.leases[lease].message.iteration)
 
 
 def _rollout_timers(state: State, deadline: float | None, now: float) -> Iterator[float]:
@@ -123,17 +133,33 @@ def _grants(state: State, now: float) -> Iterator[ev.LeaseGranted]:
     if remaining <= 0 or not state.idle or room <= 0:
         return
     book = state.positions.copy()
-    evaluate = wants_evaluation(state.version, config) and not current.evaluating
+    evaluate = _to_evaluate(state)
     for lease_id, peer in enumerate(state.idle, start=state.next_lease):
-        run = book.pick(-(-remaining // waiting))
+        share = -(-remaining // waiting)
+        run = book.pick(positions_for(share, config.grpo))
         book.take(run)
-        yield ev.LeaseGranted(now, lease_payload(state, lease_id, peer, run, evaluate=evaluate))
+        wanted = min(share, len(run))
+        yield ev.LeaseGranted(now, lease_payload(state, lease_id, peer, run, wanted, evaluate=evaluate))
         evaluate = False
-        remaining -= len(run)
+        remaining -= wanted
         waiting -= 1
         room -= 1
         if remaining <= 0 or room <= 0:
             return
+
+
+def _renewals(state: State, now: float) -> Iterator[ev.LeaseGranted]:
+    """Once, at the beginning of the round: the leases of the rollouts that it goes on with."""
+    if state.round.rollout_at is not None:
+        return
+    evaluate = _to_evaluate(state)
+    for held in state.round.rollouts.values():
+        yield ev.LeaseGranted(now, renewed_lease_payload(state, held.lease, evaluate=evaluate))
+        evaluate = False
+
+
+def _to_evaluate(state: State) -> bool:
+    return wants_evaluation(state.version, state.terms.config) and not state.round.evaluating
 
 
 def _plan(state: State, now: float) -> Decision:
@@ -215,7 +241,7 @@ def _commit(state: State, attempt: Attempt, now: float) -> Iterator[ev.Event]:
     for contributor in attempt.plan.contributors:
         if contributor.peer not in sealed:
             reason = f"incomplete at reducer {incomplete_at(attempt, contributor.peer)}"
-            yield ev.ContributionRejected(now, contributor.peer, contributor.lease, reason)
+            yield ev.ContributionRejected(now, contributor.peer, contributor.lease, reason, contributor.iteration)
     yield ev.VersionCommitted(now, payload)
 
 
@@ -230,4 +256,5 @@ def _abandon(state: State, now: float, reason: str) -> Decision:
 
 def _rejections(state: State, peers: list[str], now: float, reason: str) -> Iterator[ev.ContributionRejected]:
     for peer in peers:
-        yield ev.ContributionRejected(now, peer, state.round.contributions[peer].message.lease, reason)
+        lease = state.round.contributions[peer].lease
+        yield ev.ContributionRejected(now, peer, lease.id, reason, lease.iteration)

@@ -71,11 +71,12 @@ class LeaseGranted(_Stored):
 
 @dataclass(frozen=True, slots=True)
 class LeaseExpired(_Stored):
-    """Without a contribution: its positions go back."""
+    """Without a contribution: its positions go back, unless an earlier iteration has used them."""
 
     at: float
     lease: int
     reason: str
+    iteration: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +89,13 @@ class ContributionReceived(_Stored):
 
 @dataclass(frozen=True, slots=True)
 class ContributionRejected(_Stored):
-    """A contribution that was received will not count; the positions it used go back."""
+    """A contribution that was received will not count; the positions it used go back, if it is of iteration 0."""
 
     at: float
     peer: str
     lease: int
     reason: str
+    iteration: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,7 @@ class AttemptFailed(_Stored):
 
 @dataclass(frozen=True, slots=True)
 class RoundAbandoned(_Stored):
-    """All its contributions were rejected; the rollout begins again at the same version."""
+    """It has no contribution left; it begins again at the same version, with a rollout."""
 
     at: float
     version: int
@@ -162,6 +164,7 @@ class RoundEmpty(_Stored):
 
     at: float
     version: int
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

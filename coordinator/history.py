@@ -32,12 +32,12 @@ def _describe(event: ev.Event) -> tuple[str, Record]:
             return "ready", {"peer": peer, "version": version, "state_root": root.hex()}
         case ev.LeaseGranted(payload=payload):
             return "lease", _lease(parse(pb.Lease, payload))
-        case ev.LeaseExpired(lease=lease, reason=reason):
-            return "lease_expired", {"lease": lease, "reason": reason}
+        case ev.LeaseExpired(lease=lease, iteration=iteration, reason=reason):
+            return "lease_expired", {"lease": lease, "iteration": iteration, "reason": reason}
         case ev.ContributionReceived(signed=signed):
             return "contribution", _contribution(parse(pb.Signed, signed))
-        case ev.ContributionRejected(peer=peer, lease=lease, reason=reason):
-            return "contribution_rejected", {"peer": peer, "lease": lease, "reason": reason}
+        case ev.ContributionRejected(peer=peer, lease=lease, iteration=iteration, reason=reason):
+            return "contribution_rejected", {"peer": peer, "lease": lease, "iteration": iteration, "reason": reason}
         case ev.RolloutClosed(version=version, reason=reason):
             return "rollout_closed", {"version": version, "reason": reason}
         case ev.PlanMade(payload=payload):
@@ -52,8 +52,8 @@ def _describe(event: ev.Event) -> tuple[str, Record]:
             return "attempt_failed", {"version": version, "attempt": attempt, "reason": reason}
         case ev.RoundAbandoned(version=version, reason=reason):
             return "round_abandoned", {"version": version, "reason": reason}
-        case ev.RoundEmpty(version=version):
-            return "round_empty", {"version": version}
+        case ev.RoundEmpty(version=version, reason=reason):
+            return "round_empty", {"version": version, "reason": reason}
         case ev.VersionCommitted(payload=payload):
             return "version", _version(payload)
         case _:
@@ -63,10 +63,13 @@ def _describe(event: ev.Event) -> tuple[str, Record]:
 def _lease(lease: pb.Lease) -> Record:
     return {
         "lease": lease.id,
+        "iteration": lease.iteration,
         "peer": lease.peer,
         "version": lease.version,
+        "reference_version": lease.reference_version,
         "start": lease.start,
         "count": lease.count,
+        "wanted": lease.wanted,
         "max_weight": lease.max_weight,
         "evaluate": lease.evaluate,
     }
@@ -77,6 +80,7 @@ def _contribution(signed: pb.Signed) -> Record:
     return {
         "peer": signed.signer,
         "lease": contribution.lease,
+        "iteration": contribution.iteration,
         "version": contribution.version,
         "used": list(contribution.used),
         "dropped": list(contribution.dropped),
@@ -148,6 +152,7 @@ def _version(payload: bytes) -> Record:
         "state_root": manifest.state.root.hex(),
         "state_size": manifest.state.size,
         "contributors": [_contributor(contributor) for contributor in manifest.contributors],
+        "reference_version": manifest.reference_version,
         "metrics": dict(manifest.metrics),
     }
 
@@ -156,6 +161,7 @@ def _contributor(contributor: pb.Contributor) -> dict[str, Any]:
     return {
         "peer": contributor.peer,
         "lease": contributor.lease,
+        "iteration": contributor.iteration,
         "weight": contributor.weight,
         "root": contributor.root.hex(),
     }

@@ -1,18 +1,20 @@
 """What the coordinator signs, as payload bytes made from the state: leases, plans, seals and version manifests."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Sequence
 
 from google.protobuf.message import Message
 
-from hivegrpo.coordinator.round import EVALUATION_PREFIX, Attempt, Ballot, Held
-from hivegrpo.coordinator.schedule import learning_rate
+from hivegrpo.coordinator.metrics import merge_metrics
+from hivegrpo.coordinator.round import Attempt, Ballot, Held
 from hivegrpo.coordinator.state import State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.checks import MAX_METRICS, MAX_REDUCERS
+from hivegrpo.protocol.checks import MAX_LEASE_POSITIONS, MAX_REDUCERS
 from hivegrpo.protocol.chunks import chunk_count, split_evenly
 from hivegrpo.protocol.config import GrpoSection, RunConfig
 from hivegrpo.protocol.envelope import digest_of
 from hivegrpo.protocol.scalars import StepScalars, fp32_bits
+from hivegrpo.protocol.schedule import learning_rate
 
 LARGEST_ROSTER = 3072
 """Contributors of a plan. With more, plan, seal and manifest would not fit in one entry of the chain."""
@@ -20,31 +22,51 @@ LARGEST_ROSTER = 3072
 PLANNED_ADDRESSES = 8
 """Addresses of a reducer that go into a plan; likewise."""
 
-SUMMED_METRICS = frozenset({"num_tokens", "num_prompts", "num_completions"})
-"""Metrics that add up over contributions; all others are averaged by weight."""
+TOKEN_LOSSES = ("dapo", "cispo")
+"""Loss types that weigh a contribution by its tokens; the others weigh it by its completions."""
 
 
-def lease_payload(state: State, lease_id: int, peer: str, run: range, *, evaluate: bool) -> bytes:
-    """A lease of the positions in `run`, to be worked on under the head."""
-    config = state.terms.config
+def lease_payload(state: State, lease_id: int, peer: str, run: range, wanted: int, *, evaluate: bool) -> bytes:
+    """A lease of the positions in `run`, of which `wanted` groups are to be used, to be worked on under the head."""
+    config, head = state.terms.config, state.head
+    assert head is not None
     lease = pb.Lease(
         id=lease_id,
         peer=peer,
         version=state.version,
         start=run.start,
         count=len(run),
-        max_weight=max_weight(len(run), config.grpo),
+        wanted=wanted,
+        max_weight=max_weight(wanted, config.grpo),
         seconds=config.timing.lease,
-        reference_version=0,
+        reference_version=head.manifest.reference_version,
         evaluate=evaluate,
     )
     return _payload(lease)
 
 
-def max_weight(positions: int, grpo: GrpoSection) -> int:
-    """The most that so many groups can weigh: their completions, or for dapo the tokens of these."""
-    completions = positions * grpo.num_generations
-    return completions * grpo.max_completion_length if grpo.loss_type == "dapo" else completions
+def renewed_lease_payload(state: State, lease: pb.Lease, *, evaluate: bool) -> bytes:
+    """The next iteration of a lease: another gradient of its rollout, under the head."""
+    assert state.head is not None
+    renewed = pb.Lease()
+    renewed.CopyFrom(lease)
+    renewed.version = state.version
+    renewed.iteration += 1
+    renewed.seconds = state.terms.config.timing.lease
+    renewed.reference_version = state.head.manifest.reference_version
+    renewed.evaluate = evaluate
+    return _payload(renewed)
+
+
+def positions_for(wanted: int, grpo: GrpoSection) -> int:
+    """Positions of a lease of which so many groups are wanted: with dynamic sampling, some more to replace others."""
+    return min(math.ceil(wanted * grpo.dynamic_sampling_factor), MAX_LEASE_POSITIONS)
+
+
+def max_weight(groups: int, grpo: GrpoSection) -> int:
+    """The most that so many groups can weigh."""
+    completions = groups * grpo.num_generations
+    return completions * grpo.max_completion_length if grpo.loss_type in TOKEN_LOSSES else completions
 
 
 def wants_evaluation(version: int, config: RunConfig) -> bool:
@@ -149,29 +171,18 @@ def manifest_payload(state: State, ballot: Ballot) -> bytes:
         spans=[pb.Blob(root=span_root, size=size) for span_root, size in spans],
         state=pb.Blob(root=root, size=state.terms.state_size),
         contributors=[contributor for contributor in attempt.plan.contributors if contributor.peer in sealed],
-        reference_version=0,
-        metrics=merge_metrics((current.contributions[peer] for peer in sorted(sealed)), current.evaluation),
+        reference_version=_reference_of(current.version, head.manifest.reference_version, state.terms.config.grpo),
+        metrics=merge_metrics(
+            [current.contributions[peer] for peer in sorted(sealed)], current.evaluation, state.terms.config.grpo
+        ),
     )
     return _payload(manifest)
 
 
-def merge_metrics(contributions: Iterable[Held], evaluation: Mapping[str, float]) -> dict[str, float]:
-    """Metrics of a version: sums for counts, means by weight for the rest, and the held-out measurement.
-
-    A metric that only some contributions have is averaged over those. At most `MAX_METRICS` are kept, by name.
-    """
-    sums: dict[str, float] = {}
-    weights: dict[str, float] = {}
-    for held in contributions:
-        for name, value in held.message.metrics.items():
-            if name.startswith(EVALUATION_PREFIX):
-                continue
-            factor = 1 if name in SUMMED_METRICS else held.message.weight
-            sums[name] = sums.get(name, 0.0) + value * factor
-            weights[name] = weights.get(name, 0.0) + factor
-    merged = {name: total if name in SUMMED_METRICS else total / weights[name] for name, total in sums.items()}
-    kept = sorted({**merged, **evaluation}.items(), key=lambda item: (item[0] not in evaluation, item[0]))
-    return dict(kept[:MAX_METRICS])
+def _reference_of(version: int, before: int, grpo: GrpoSection) -> int:
+    """The KL reference of what is sampled under a version: itself every so many versions, else the one before."""
+    every = grpo.ref_model_sync_steps
+    return version if every is not None and version % every == 0 else before
 
 
 def _dialled(state: State, peer: str) -> tuple[str, ...]:
@@ -179,7 +190,10 @@ def _dialled(state: State, peer: str) -> tuple[str, ...]:
 
 
 def _contributor(peer: str, held: Held) -> pb.Contributor:
-    return pb.Contributor(peer=peer, lease=held.message.lease, weight=held.message.weight, root=held.message.root)
+    message = held.message
+    return pb.Contributor(
+        peer=peer, lease=message.lease, iteration=message.iteration, weight=message.weight, root=message.root
+    )
 
 
 def _payload(message: Message) -> bytes:

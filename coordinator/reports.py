@@ -79,7 +79,7 @@ def _judge_ready(state: State, signed: pb.Signed, peer: str, run_id: str, now: f
 def _judge_contribution(state: State, signed: pb.Signed, peer: str, run_id: str, now: float) -> Verdict:
     opened = open_signed(signed, run_id, pb.Contribution, signer=peer)
     contribution = opened.message
-    known = _known_contribution(state, peer, contribution.lease)
+    known = _known_contribution(state, peer, contribution)
     if known is not None:
         if known == opened.digest:
             return Verdict(True)
@@ -89,19 +89,26 @@ def _judge_contribution(state: State, signed: pb.Signed, peer: str, run_id: str,
         return Verdict(False, f"stale: lease {contribution.lease} expired")
     if lease is None or lease.message.peer != peer:
         return Verdict(False, f"invalid: lease {contribution.lease} is not this peer's")
-    if contribution.version != lease.message.version:
-        return Verdict(False, f"invalid: lease {contribution.lease} is for version {lease.message.version}")
-    check_contribution(contribution, lease.message)
+    place, leased = _place(contribution), _place(lease.message)
+    if place != leased:
+        kind = "stale" if place < leased else "invalid"
+        return Verdict(False, f"{kind}: lease {contribution.lease} is for version {leased[0]}, iteration {leased[1]}")
+    rollout = state.round.rollouts[peer].message.used if lease.message.iteration else None
+    check_contribution(contribution, lease.message, rollout)
     return Verdict(True, events=(ev.ContributionReceived(now, signed.SerializeToString()),))
 
 
-def _known_contribution(state: State, peer: str, lease: int) -> bytes | None:
-    """Digest of the contribution that was received for this lease, if it counts or can still count."""
-    current = state.round
-    if current.served.get(peer) == lease:
-        held = current.contributions.get(peer)
-        return held.digest if held else current.empties.get(peer)
-    return state.last_lease_digests.get(lease)
+def _place(message: pb.Lease | pb.Contribution) -> tuple[int, int]:
+    return message.version, message.iteration
+
+
+def _known_contribution(state: State, peer: str, contribution: pb.Contribution) -> bytes | None:
+    """Digest of what was received for this lease and iteration, if it counts or can still count."""
+    held = state.round.contributions.get(peer) or state.round.empties.get(peer)
+    name = contribution.lease, contribution.iteration
+    if held is not None and name == (held.lease.id, held.lease.iteration):
+        return held.digest
+    return state.last_lease_digests.get(name)
 
 
 def _judge_senders(state: State, signed: pb.Signed, peer: str, run_id: str, now: float) -> Verdict:

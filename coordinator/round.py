@@ -34,7 +34,7 @@ class Granted:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A contribution that was received and has weight."""
+    """A contribution that was received, with the lease that it answers."""
 
     lease: pb.Lease
     message: pb.Contribution
@@ -81,9 +81,13 @@ class Attempt:
 
 @dataclass(slots=True)
 class Round:
-    """Work on making `version`. Abandoned and empty rounds begin again under the same version."""
+    """Work on making `version`. Abandoned and empty rounds begin again under the same version, at iteration 0."""
 
     version: int
+    iteration: int = 0
+    """0: peers sample. Later: they take another gradient of the rollouts that the version before came from."""
+    rollouts: dict[str, Held] = field(default_factory=dict)
+    """After iteration 0: contributions to the version before, by peer; their leases are renewed, nobody else works."""
     attempts: int = 0
     """Number of the latest plan; it never goes back, so that a plan fences all earlier ones."""
     tries: int = 0
@@ -92,12 +96,12 @@ class Round:
     """Peers with a live lease or a contribution, with the lease's id: they get no other one."""
     contributions: dict[str, Held] = field(default_factory=dict)
     """Those with weight that have not been rejected, by peer."""
-    empties: dict[str, bytes] = field(default_factory=dict)
-    """Contributions without weight, by peer: the payload's digest."""
+    empties: dict[str, Held] = field(default_factory=dict)
+    """Those without weight, by peer."""
     leased: int = 0
-    """Positions in live leases."""
+    """Groups that live leases want."""
     spent: int = 0
-    """Positions used or dropped by contributions."""
+    """Groups that contributions used, or dropped in vain: never more of a lease than it wanted."""
     rollout_at: float | None = None
     """When the first lease was granted."""
     closed_at: float = 0.0

@@ -220,6 +220,8 @@ class Coordinator:
             self._deliver(push)
         if isinstance(event, ev.PeerLeft):
             self._followers.end(event.peer)
+        if isinstance(event, ev.RoundEmpty):
+            self._warn("nothing to learn in a round", version=str(event.version), reason=event.reason)
         if self._on_event is not None:
             self._on_event(event, self.state)
         self._wake.set()

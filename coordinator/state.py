@@ -91,8 +91,8 @@ class State:
     head: Head | None = None
     last: Attempt | None = None
     """The attempt that made the head, for late votes."""
-    last_lease_digests: dict[int, bytes] = field(default_factory=dict)
-    """Digests of the head's contributions by lease, for reports that are repeated late."""
+    last_lease_digests: dict[tuple[int, int], bytes] = field(default_factory=dict)
+    """Digests of the head's contributions by lease and iteration, for reports that are repeated late."""
     members: dict[str, Member] = field(default_factory=dict)
     connected: dict[str, None] = field(default_factory=dict)
     unserved: dict[str, None] = field(default_factory=dict)

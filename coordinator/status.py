@@ -30,6 +30,7 @@ def snapshot(state: State, heartbeats: Mapping[str, Pulse], now: float) -> dict[
         "version": state.version,
         "versions": state.terms.config.run.versions,
         "attempt": current.attempts,
+        "iteration": current.iteration,
         "state_root": head.manifest.state.root.hex() if head else None,
         "metrics": dict(head.manifest.metrics) if head else {},
         "contributions": len(current.contributions),

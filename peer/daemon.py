@@ -10,6 +10,7 @@ from typing import Any
 
 import structlog
 
+from hivegrpo.peer.desk import Learns
 from hivegrpo.peer.home import PeerHome, identity_path
 from hivegrpo.peer.numerics import check_numerics
 from hivegrpo.peer.preparation import prepare_learner
@@ -20,7 +21,7 @@ from hivegrpo.peer.swarm.exchange import ExchangeServer
 from hivegrpo.peer.swarm.session import Session
 from hivegrpo.peer.swarm.sync import HOLDERS_KEY, Synchroniser
 from hivegrpo.peer.swarm.versions import Versions
-from hivegrpo.peer.volunteer import Learns, Volunteer
+from hivegrpo.peer.volunteer import Volunteer
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.address import parse_address
 from hivegrpo.protocol.blobstream import BlobStore, serve_blobs
@@ -71,7 +72,8 @@ async def run_peer(
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(worker, _check_arithmetic, chain)
         store = BlobStore(home.blobs)
-        learner = await prepare_learner(chain, config, settings, transport, store, home.model, worker)
+        learner, base = await prepare_learner(chain, config, settings, transport, store, home.model, worker)
+        stack.callback(learner.close)
         await work_in_run(
             address,
             identity=identity,
@@ -84,6 +86,7 @@ async def run_peer(
             worker=worker,
             stop=stop,
             show=show,
+            base=base,
         )
 
 
@@ -100,11 +103,15 @@ async def work_in_run(
     worker: Executor,
     stop: asyncio.Event,
     show: Show,
+    base: Path | None = None,
 ) -> None:
-    """The part of `run_peer` that needs no model: catch up, join, and work with whatever `learner` it is given."""
+    """The part of `run_peer` that needs no model: catch up, join, and work with whatever `learner` it is given.
+
+    `base` is the folder of the base model, for version 0 of a run that trains every parameter.
+    """
     chain = chainfile.chain
     loop = asyncio.get_running_loop()
-    versions = await loop.run_in_executor(worker, Versions, home.root, chainfile, store, config)
+    versions = await loop.run_in_executor(worker, Versions, home.root, chainfile, store, config, base)
     directory = Directory(transport)
     exchanges = ExchangeServer()
     await exchanges.start(transport)

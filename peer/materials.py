@@ -7,6 +7,7 @@ from pathlib import Path
 from hivegrpo.peer.learn.base import resolve_model
 from hivegrpo.peer.learn.data import canonical_rows
 from hivegrpo.peer.learn.digests import model_digests, rows_digest
+from hivegrpo.peer.learn.sources import MAX_BYTES
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobs import BlobRef
 from hivegrpo.protocol.blobstream import BlobStore
@@ -18,18 +19,29 @@ SUFFIXES = (".safetensors", ".json", ".jsonl", ".txt", ".jinja", ".model")
 
 
 def file_refs(manifest: pb.RunManifest) -> list[BlobRef]:
-    """All files that travel with the run; ChainError if a name is not a plain one of a known kind."""
-    files = [*manifest.model, *(file for file in (manifest.dataset, manifest.evaluation) if file.name)]
+    """All files that travel with the run; ChainError if a name is not a plain one of a known kind, or rows are many."""
+    rows = [file for file in (manifest.dataset, manifest.evaluation) if file.name]
+    files = [*manifest.model, *rows]
     for file in files:
         if Path(file.name).name != file.name or not file.name.endswith(SUFFIXES) or file.name.startswith("."):
             raise ChainError(
                 f"The run wants to send a file named {file.name[:80]!r}.", "No such file is ever written: do not join."
+            )
+    for file in rows:
+        if file.blob.size > MAX_BYTES:
+            raise ChainError(
+                f"The run wants to send {file.blob.size} bytes of rows.", f"At most {MAX_BYTES} are taken: do not join."
             )
     return [BlobRef(file.blob.root, file.blob.size) for file in files]
 
 
 def base_folder(manifest: pb.RunManifest, config: RunConfig, store: BlobStore, folder: Path) -> Path:
     """The base model's folder: laid out from the store, or resolved through the hub. MismatchError if it differs."""
+    if bool(manifest.model) != (config.model.path is not None):
+        raise MismatchError(
+            "The run does not send its base model as its configuration says.",
+            "Ask whoever launched the run to launch it again.",
+        )
     if manifest.model:
         file_refs(manifest)
         _lay_out(manifest.model, store, folder)
@@ -45,13 +57,21 @@ def base_folder(manifest: pb.RunManifest, config: RunConfig, store: BlobStore, f
 
 
 def read_rows(file: pb.File, digest: bytes, dataset: DatasetSection, held_out: Rows | None, store: BlobStore) -> bytes:
-    """Canonical rows, from the store or through `datasets`. MismatchError if they are not the run's."""
+    """Canonical rows: from the store if they travel, or got as the run's configuration says.
+
+    MismatchError if they are not the run's. A path in the configuration is the launcher's, and never opened here.
+    """
+    source = held_out or dataset
+    if bool(file.name) != (source.path is not None):
+        raise MismatchError(
+            f"The run {'sends' if file.name else 'does not send'} the rows of {source.name or source.path}.",
+            "Rows of a local file travel, others do not: ask whoever launched the run to launch it again.",
+        )
     rows = store.read(BlobRef(file.blob.root, file.blob.size)) if file.name else canonical_rows(dataset, held_out)
     if rows_digest(rows) != digest:
-        source = held_out or dataset
         raise MismatchError(
             f"The rows of {source.name or source.path} are not those that the run was launched with.",
-            "The dataset has changed at its source: ask whoever launched the run to name a revision.",
+            "Ask whoever launched the run to name the dataset's revision, or the version of what generates it.",
         )
     return rows
 

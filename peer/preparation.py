@@ -4,7 +4,7 @@ import asyncio
 from concurrent.futures import Executor
 from pathlib import Path
 
-from hivegrpo.peer.learn.data import Prompts
+from hivegrpo.peer.learn.data import PROMPT, Prompts, require_same_columns
 from hivegrpo.peer.learn.learner import Learner
 from hivegrpo.peer.materials import base_folder, file_refs, read_rows
 from hivegrpo.peer.rewards.registry import find_rewards, reward_versions
@@ -12,7 +12,7 @@ from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobstream import BlobStore, fetch_blob
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.config import PeerConfig, RunConfig
-from hivegrpo.protocol.errors import MismatchError, UnreachableError, WireError
+from hivegrpo.protocol.errors import ConfigError, MismatchError, UnreachableError, WireError
 from hivegrpo.protocol.transport.base import Transport
 
 
@@ -24,8 +24,11 @@ async def prepare_learner(
     store: BlobStore,
     model_folder: Path,
     worker: Executor,
-) -> Learner:
-    """Fetch what travels with the run from its coordinator, check all digests, load the model."""
+) -> tuple[Learner, Path]:
+    """Fetch what travels with the run from its coordinator, check all digests, load the model.
+
+    Returns the learner, and the base model's folder.
+    """
     manifest = chain.manifest.message
     for ref in file_refs(manifest):
         try:
@@ -40,8 +43,12 @@ async def prepare_learner(
 
 def _load(
     manifest: pb.RunManifest, config: RunConfig, settings: PeerConfig, store: BlobStore, model_folder: Path
-) -> Learner:
-    rewards = find_rewards(config.rewards.functions)
+) -> tuple[Learner, Path]:
+    try:
+        config.require_swarm()
+    except ConfigError as error:
+        raise MismatchError(f"The run cannot be a swarm's: {error.message}", "Tell whoever launched the run.") from None
+    rewards = find_rewards(config.rewards.functions, config.rewards.options)
     here = reward_versions(rewards)
     if here != dict(manifest.rewards):
         raise MismatchError(
@@ -50,15 +57,25 @@ def _load(
         )
     folder = base_folder(manifest, config, store, model_folder)
     rows = read_rows(manifest.dataset, manifest.digests["dataset"], config.dataset, None, store)
+    prompts = Prompts.from_jsonl(rows)
+    if len(prompts) != manifest.rows:
+        raise MismatchError(
+            f"The run has {len(prompts)} rows, and its manifest counts {manifest.rows}.",
+            "Ask whoever launched the run to launch it again.",
+        )
     held_out = None
     if config.evaluation is not None:
         digest = manifest.digests["evaluation"]
         held_out = Prompts.from_jsonl(read_rows(manifest.evaluation, digest, config.dataset, config.evaluation, store))
-    learner = Learner.open(config, settings, folder, Prompts.from_jsonl(rows), held_out)
+        require_same_columns(prompts, held_out)
+    for reward in rewards:
+        reward.require_columns(prompts.columns)
+    learner = Learner.open(config, settings, folder, prompts, held_out)
+    learner.encoder.check(known.rows[0][PROMPT] for known in (prompts, held_out) if known is not None)
     layout = [(tensor.name, tuple(tensor.shape)) for tensor in manifest.layout]
     if learner.layout != layout:
         raise MismatchError(
             "The model's trainable parameters are laid out differently here than in the run.",
             "Install the versions of transformers and peft that the run was launched with (constraints.txt).",
         )
-    return learner
+    return learner, folder

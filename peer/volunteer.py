@@ -11,17 +11,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import structlog
-from torch import Tensor
 
+from hivegrpo.peer.desk import Learns, LeaseDesk, Work
 from hivegrpo.peer.floats import NonFiniteError
 from hivegrpo.peer.learn.cancel import Cancelled
-from hivegrpo.peer.learn.evaluation import Evaluation
-from hivegrpo.peer.learn.learner import LearnedContribution
 from hivegrpo.peer.learn.step import PolicyState
-from hivegrpo.peer.swarm.codecs import get_codec
 from hivegrpo.peer.swarm.contribution import ContributionStore, EncodedVector
 from hivegrpo.peer.swarm.directory import Directory
 from hivegrpo.peer.swarm.exchange import Exchange, ExchangeServer, Span
@@ -31,26 +28,13 @@ from hivegrpo.peer.swarm.versions import Versions
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.config import RunConfig
 from hivegrpo.protocol.envelope import Opened
-from hivegrpo.protocol.errors import NumericsError, WireError
+from hivegrpo.protocol.errors import WireError
 from hivegrpo.protocol.history import History
 from hivegrpo.protocol.identity import Identity
 
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
-
-
-class Learns(Protocol):
-    """What a volunteer asks of the learning side (`peer.learn.learner`); all but `policy` runs on the worker thread."""
-
-    def load(self, vector: Tensor) -> None:
-        """Take over the parameters of a version."""
-
-    def contribute(self, lease: int, start: int, count: int, cancelled: threading.Event) -> LearnedContribution:
-        """Sample, score and differentiate; raises Cancelled soon after the event is set."""
-
-    def evaluate(self, cancelled: threading.Event) -> Evaluation:
-        """Accuracy on the held-out rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +53,6 @@ class Shadow:
 
 
 Task = Callable[[], Awaitable[None]]
-EMPTY_ROOT = bytes(32)
 
 
 class Volunteer:
@@ -91,8 +74,6 @@ class Volunteer:
         history: History,
     ) -> None:
         self.state = "joining"
-        self.metrics: dict[str, float] = {}
-        self._config = config
         self._identity = identity
         self._session = session
         self._versions = versions
@@ -100,15 +81,20 @@ class Volunteer:
         self._exchanges = exchanges
         self._directory = directory
         self._contributions = contributions
-        self._learner = learner
+        self._desk = LeaseDesk(config, learner, versions, contributions)
         self._worker = worker
         self._history = history
         self._leaving = False
-        self._done_lease = 0
+        self._done_lease = (0, 0)
         self._done_plan = b""
         self._said_ready: tuple[int, int] | None = None
         self._shadow: Shadow | None = None
         self._owes_version = 0
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """How fast this peer is, once it has sampled."""
+        return {"tokens_per_second": self._desk.speed} if self._desk.speed else {}
 
     async def work(self) -> None:
         """Until the run is finished or `leave` was called, and nothing is owed to a round in flight."""
@@ -159,22 +145,33 @@ class Volunteer:
 
     async def _contribute(self, lease: pb.Lease) -> None:
         """Rollout and gradient under the lease, then the commitment to it (steps 2 to 4 of a round)."""
-        learned = await self._learn(lease)
-        self._done_lease = lease.id
-        if learned is None:
+        work = await self._learn(lease) if self._agrees_with(lease) else None
+        self._done_lease = _name(lease)
+        if work is None:
             self._said_ready = None
             return
-        contribution, encoded = learned
-        self._history.record("contribution", lease=lease.id, version=lease.version, root=contribution.root)
-        ack = await self._session.report(contribution, lambda: not self._leaving)
+        place = {"lease": lease.id, "iteration": lease.iteration, "version": lease.version}
+        root = work.contribution.root
+        if work.note:
+            log.info("nothing to learn", **place, reason=work.note)
+        self._history.record("metrics", **place, note=work.note, metrics=dict(work.contribution.metrics))
+        self._history.record("contribution", **place, root=root)
+        ack = await self._session.report(work.contribution, lambda: not self._leaving)
         if ack is None:
             return
         if ack.accepted:
-            self._owes_version = lease.version + 1 if encoded is not None else self._owes_version
-            self._history.record("contribution_acked", lease=lease.id, version=lease.version, root=contribution.root)
+            self._owes_version = lease.version + 1 if work.encoded is not None else self._owes_version
+            self._history.record("contribution_acked", **place, root=root)
         else:
             log.warning("a contribution was not taken", lease=lease.id, reason=ack.reason)
             self._said_ready = None
+
+    def _agrees_with(self, lease: pb.Lease) -> bool:
+        """Whether a lease names the KL reference that the chain has at its version."""
+        chain = self._versions.chain.entries[lease.version].manifest.message.reference_version
+        if lease.reference_version != chain:
+            log.warning("refused a lease", lease=lease.id, reference=lease.reference_version, in_the_chain=chain)
+        return bool(lease.reference_version == chain)
 
     async def _attempt(self, plan: Opened[pb.RoundPlan], own: EncodedVector) -> None:
         """Exchange, seal, reduce, step and vote (steps 6 to 9 of a round), unless a newer fact makes it pointless."""
@@ -273,7 +270,7 @@ class Volunteer:
             await asyncio.sleep(1.0)
         self.state = state
 
-    async def _learn(self, lease: pb.Lease) -> tuple[pb.Contribution, EncodedVector | None] | None:
+    async def _learn(self, lease: pb.Lease) -> Work | None:
         """What the lease yields; None if it expired or a newer version came in the meantime."""
         parameters = self._versions.state.parameters
         deadline = asyncio.get_running_loop().time() + lease.seconds
@@ -285,7 +282,7 @@ class Volunteer:
 
         cancelled = threading.Event()
         loop = asyncio.get_running_loop()
-        work = loop.run_in_executor(self._worker, self._learn_now, lease, parameters, cancelled)
+        work = loop.run_in_executor(self._worker, self._desk.work, lease, parameters, cancelled)
         watch = asyncio.create_task(self._session.wait(over))
         try:
             running: set[asyncio.Future[Any]] = {work, watch}
@@ -298,39 +295,6 @@ class Volunteer:
         except Cancelled:
             log.info("stopped working on a lease", lease=lease.id)
             return None
-
-    def _learn_now(
-        self, lease: pb.Lease, parameters: Tensor, cancelled: threading.Event
-    ) -> tuple[pb.Contribution, EncodedVector | None]:
-        """On the worker thread: the contribution and, unless it is empty, its vector, which is on disk by then."""
-        self._learner.load(parameters)
-        metrics: dict[str, float] = {}
-        if lease.evaluate:
-            metrics["eval/accuracy"] = self._learner.evaluate(cancelled).accuracy
-        try:
-            learned = self._learner.contribute(lease.id, lease.start, lease.count, cancelled)
-            encoded = EncodedVector.encode(get_codec(self._config.averaging.codec), learned.vector)
-        except (NonFiniteError, NumericsError) as error:
-            log.error("a gradient is not finite; its prompts are dropped", lease=lease.id, reason=str(error))
-            return pb.Contribution(
-                lease=lease.id, version=lease.version, dropped=range(lease.count), root=EMPTY_ROOT
-            ), None
-        metrics |= learned.metrics | {f"seconds/{name}": seconds for name, seconds in learned.seconds.items()}
-        self.metrics = {"tokens_per_second": learned.num_tokens / max(sum(learned.seconds.values()), 1e-9)}
-        contribution = pb.Contribution(
-            lease=lease.id,
-            version=lease.version,
-            used=learned.used,
-            dropped=learned.dropped,
-            returned=learned.returned,
-            weight=learned.weight,
-            root=encoded.root,
-            metrics=metrics,
-        )
-        if learned.weight == 0:
-            return contribution, None
-        self._contributions.add(lease.version, encoded)
-        return contribution, encoded
 
     def _own_contribution(self, plan: pb.RoundPlan) -> EncodedVector | None:
         """What this peer committed to in a plan, from memory or disk."""
@@ -353,7 +317,7 @@ class Volunteer:
     def _leased(self, version: int) -> bool:
         """Whether there is a lease to work on; who is in a plan gets none before the round is abandoned."""
         lease = self._session.lease
-        return lease is not None and lease.message.version == version and lease.message.id > self._done_lease
+        return lease is not None and lease.message.version == version and _name(lease.message) > self._done_lease
 
     async def _unless(self, over: Callable[[], bool | None], work: Awaitable[None]) -> None:
         """Run `work`, and cancel it once `over` holds."""
@@ -369,6 +333,11 @@ class Volunteer:
 
     async def _on_worker(self, function: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
+
+
+def _name(lease: pb.Lease) -> tuple[int, int]:
+    """What a contribution is named by; a peer's leases come in this order."""
+    return lease.id, lease.iteration
 
 
 async def _end(task: asyncio.Future[Any]) -> None:

@@ -83,6 +83,9 @@ class Chain:
         parent = self.head.manifest.digest if self.head else self.manifest.digest
         if manifest.message.parent != parent:
             raise ChainError(f"Version {version} does not continue the chain: its parent differs.", WRONG_CHAIN_HINT)
+        before = self.head.manifest.message.reference_version if self.head else 0
+        if manifest.message.reference_version not in (before, version):
+            raise ChainError(f"Version {version} goes back to an older reference version.", WRONG_CHAIN_HINT)
         if version == 0:
             return Entry(manifest, None, None)
         plan = self._signed(message.plan, pb.RoundPlan)

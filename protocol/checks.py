@@ -17,6 +17,9 @@ MAX_METRIC_NAME = 64
 MAX_METRIC = 1e30
 """Largest magnitude of a reported metric: what is summed and weighted over a whole roster stays finite."""
 
+MAX_LEASE_POSITIONS = 1 << 18
+"""Positions of a lease: its contribution, which lists them all, fits in a call, and no peer plans for ever."""
+
 MAX_ADDRESSES = 16
 MAX_ROSTER = 4096
 MAX_REDUCERS = 64
@@ -53,20 +56,34 @@ def check_seconds(value: float, what: str) -> None:
 
 
 def check_lease(lease: pb.Lease) -> None:
-    """A non-empty range with a bound on its weight."""
+    """A non-empty range of bounded length, of which some is wanted, with a bound on its weight."""
     if lease.count == 0 or lease.max_weight == 0:
         raise FrameError("an empty lease")
+    if lease.count > MAX_LEASE_POSITIONS:
+        raise FrameError(f"a lease of {lease.count} positions; at most {MAX_LEASE_POSITIONS} are taken")
+    if not 1 <= lease.wanted <= lease.count:
+        raise FrameError(f"a lease of {lease.count} positions that wants {lease.wanted} of them")
     check_seconds(lease.seconds, "the lease's duration")
 
 
-def check_contribution(contribution: pb.Contribution, lease: pb.Lease) -> None:
-    """Each offset of the lease is accounted for exactly once, and the weight is within what the used ones allow."""
+def check_contribution(contribution: pb.Contribution, lease: pb.Lease, rollout: Sequence[int] | None = None) -> None:
+    """Each offset of the lease is accounted for exactly once, and the weight is within what the used ones allow.
+
+    `rollout`, for iterations after 0: the offsets that iteration 0 used; they are used again, all or none.
+    """
     check_digest(contribution.root, "the contribution's root")
     check_metrics(contribution.metrics)
+    if contribution.iteration != lease.iteration:
+        raise FrameError(f"iteration {contribution.iteration} of a lease that is at iteration {lease.iteration}")
     offsets = [*contribution.used, *contribution.dropped, *contribution.returned]
-    if len(offsets) != lease.count or set(offsets) != set(range(lease.count)):
+    if rollout is not None:
+        if list(contribution.used) not in ([], [*rollout]) or len(offsets) != len(contribution.used):
+            raise FrameError("a later iteration does not use what iteration 0 used")
+    elif len(offsets) != lease.count or set(offsets) != set(range(lease.count)):
         raise FrameError("used, dropped and returned offsets do not cover the lease exactly once")
-    most = lease.max_weight * len(contribution.used) // lease.count
+    if len(contribution.used) > lease.wanted:
+        raise FrameError(f"{len(contribution.used)} groups are used of a lease that wants {lease.wanted}")
+    most = lease.max_weight * len(contribution.used) // lease.wanted
     if contribution.weight > most:
         raise FrameError(f"weight {contribution.weight} is above the lease's bound of {most} for what is used")
     if bool(contribution.used) != bool(contribution.weight):
@@ -85,6 +102,8 @@ def check_plan(plan: pb.RoundPlan) -> None:
         check_digest(contributor.root, "a contributor's root")
         if contributor.weight == 0:
             raise FrameError("a contributor without weight")
+        if contributor.iteration != plan.contributors[0].iteration:
+            raise FrameError("a plan of contributions of several iterations")
     if not 1 <= len(plan.reducers) <= MAX_REDUCERS:
         raise FrameError(f"{len(plan.reducers)} reducers; between 1 and {MAX_REDUCERS} can serve")
     position = 0
@@ -132,10 +151,12 @@ def check_step_report(report: pb.StepReport, plan: pb.RoundPlan) -> None:
 
 
 def check_manifest(manifest: pb.VersionManifest) -> None:
-    """Well-formed digests; version 0 has no plan, all others have one."""
+    """Well-formed digests and a reference that exists; version 0 has no plan, all others have one."""
     check_digest(manifest.parent, "the manifest's parent")
     check_digest(manifest.state.root, "the state root")
     check_metrics(manifest.metrics, most=sys.float_info.max)
+    if manifest.reference_version > manifest.version:
+        raise FrameError(f"version {manifest.version} refers to version {manifest.reference_version}, which is to come")
     for digest in (manifest.plan, manifest.seal):
         if manifest.version == 0:
             if digest:

@@ -240,7 +240,7 @@ class RunManifest(_message.Message):
 
     @_builtins.property
     def digests(self) -> _containers.ScalarMap[_builtins.str, _builtins.bytes]:
-        """base, tokenizer, chat_template, dataset, evaluation, known_answer"""
+        """base, tokenizer, chat_template, dataset, evaluation, known_answer, genesis"""
 
     @_builtins.property
     def dataset(self) -> Global___File:
@@ -484,6 +484,8 @@ class Lease(_message.Message):
     SECONDS_FIELD_NUMBER: _builtins.int
     REFERENCE_VERSION_FIELD_NUMBER: _builtins.int
     EVALUATE_FIELD_NUMBER: _builtins.int
+    WANTED_FIELD_NUMBER: _builtins.int
+    ITERATION_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     peer: _builtins.str
     version: _builtins.int
@@ -500,6 +502,10 @@ class Lease(_message.Message):
     """policy version of the KL reference; 0 is the base"""
     evaluate: _builtins.bool
     """also measure accuracy on the held-out set"""
+    wanted: _builtins.int
+    """groups to use, at most; the other positions replace groups that teach nothing"""
+    iteration: _builtins.int
+    """0: sample; later: another gradient of the rollout that this lease's id names"""
     def __init__(
         self,
         *,
@@ -512,10 +518,12 @@ class Lease(_message.Message):
         seconds: _builtins.float = ...,
         reference_version: _builtins.int = ...,
         evaluate: _builtins.bool = ...,
+        wanted: _builtins.int = ...,
+        iteration: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "evaluate", b"evaluate", "id", b"id", "max_weight", b"max_weight", "peer", b"peer", "reference_version", b"reference_version", "seconds", b"seconds", "start", b"start", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "evaluate", b"evaluate", "id", b"id", "iteration", b"iteration", "max_weight", b"max_weight", "peer", b"peer", "reference_version", b"reference_version", "seconds", b"seconds", "start", b"start", "version", b"version", "wanted", b"wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -555,6 +563,7 @@ class Contribution(_message.Message):
     WEIGHT_FIELD_NUMBER: _builtins.int
     ROOT_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
+    ITERATION_FIELD_NUMBER: _builtins.int
     lease: _builtins.int
     version: _builtins.int
     """version the gradient was taken at"""
@@ -562,6 +571,8 @@ class Contribution(_message.Message):
     """tokens or sequences, by loss type"""
     root: _builtins.bytes
     """over its encoded chunks"""
+    iteration: _builtins.int
+    """of the lease; after 0 it uses what iteration 0 used, or nothing"""
     @_builtins.property
     def used(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """offsets into the lease whose groups count"""
@@ -576,7 +587,7 @@ class Contribution(_message.Message):
 
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """under TRL's names; sums and means only"""
+        """under TRL's names; sums, means and extremes only"""
 
     def __init__(
         self,
@@ -589,10 +600,11 @@ class Contribution(_message.Message):
         weight: _builtins.int = ...,
         root: _builtins.bytes = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        iteration: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped", b"dropped", "lease", b"lease", "metrics", b"metrics", "returned", b"returned", "root", b"root", "used", b"used", "version", b"version", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped", b"dropped", "iteration", b"iteration", "lease", b"lease", "metrics", b"metrics", "returned", b"returned", "root", b"root", "used", b"used", "version", b"version", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -671,10 +683,12 @@ class Contributor(_message.Message):
     LEASE_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     ROOT_FIELD_NUMBER: _builtins.int
+    ITERATION_FIELD_NUMBER: _builtins.int
     peer: _builtins.str
     lease: _builtins.int
     weight: _builtins.int
     root: _builtins.bytes
+    iteration: _builtins.int
     def __init__(
         self,
         *,
@@ -682,10 +696,11 @@ class Contributor(_message.Message):
         lease: _builtins.int = ...,
         weight: _builtins.int = ...,
         root: _builtins.bytes = ...,
+        iteration: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "peer", b"peer", "root", b"root", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["iteration", b"iteration", "lease", b"lease", "peer", b"peer", "root", b"root", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -995,6 +1010,7 @@ class VersionManifest(_message.Message):
     plan: _builtins.bytes
     seal: _builtins.bytes
     reference_version: _builtins.int
+    """the KL reference of what is sampled under this version"""
     @_builtins.property
     def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___Blob]: ...
     @_builtins.property
@@ -1007,7 +1023,7 @@ class VersionManifest(_message.Message):
 
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """means over the contributors, by weight"""
+        """of the rollouts, under version - 1: means over completions or tokens"""
 
     def __init__(
         self,

@@ -4,12 +4,13 @@
 
 1. same version, same state root, on every honest peer;
 2. a contribution that was acknowledged is in exactly one manifest, or rejected with a reason;
-3. nothing counts twice: no prompt position, no contribution, no version;
+3. nothing counts twice: no prompt position (but in the iterations of one lease), no contribution, no version;
 4. one chain: no fork, no gap, across crashes of anything;
 5. every committed span equals its rule applied to the sealed chunks.
 
 The coordinator's records are those of `coordinator.history.read_records`. Of a peer's records it reads "version"
-{version, state_root, manifest} and "contribution_acked" {lease}.
+{version, state_root, manifest} and "contribution_acked" {lease, iteration}. A record without an iteration is of the
+first one, 0.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -44,20 +45,35 @@ def check(
     return found
 
 
+Name = tuple[int, int]
+"""Lease and iteration: what a contribution is named by."""
+
+
+def _name(record: Record) -> Name:
+    return record["lease"], record.get("iteration", 0)
+
+
+def _words(name: Name) -> str:
+    lease, iteration = name
+    return f"lease {lease}" + (f", iteration {iteration}" if iteration else "")
+
+
 @dataclass(slots=True)
 class _Book:
     """What follows from the coordinator's records so far."""
 
     run_id: str = ""
-    leases: dict[int, Record] = field(default_factory=dict)
+    leases: dict[Name, Record] = field(default_factory=dict)
+    newest: int = 0
+    """The highest number of a lease."""
     live: dict[int, int] = field(default_factory=dict)
     """Positions that are leased, or used by a contribution that can still count: position -> lease."""
     spent: dict[int, int] = field(default_factory=dict)
     """Positions that counted, or can never be used: position -> lease."""
-    contributions: dict[int, Record] = field(default_factory=dict)
-    counted: dict[int, int] = field(default_factory=dict)
-    """Lease of a contribution in a manifest -> version."""
-    rejected: dict[int, str] = field(default_factory=dict)
+    contributions: dict[Name, Record] = field(default_factory=dict)
+    counted: dict[Name, int] = field(default_factory=dict)
+    """A contribution in a manifest -> version."""
+    rejected: dict[Name, str] = field(default_factory=dict)
     plans: dict[str, Record] = field(default_factory=dict)
     seals: dict[str, Record] = field(default_factory=dict)
     versions: list[Record] = field(default_factory=list)
@@ -68,9 +84,9 @@ class _Book:
             case "run":
                 self.run_id = record["run_id"]
             case "lease":
-                yield from self._lease(record)
+                yield from self._renewed(record) if record.get("iteration", 0) else self._lease(record)
             case "lease_expired":
-                self._free(record["lease"])
+                self._free(_name(record))
             case "contribution":
                 yield from self._contribution(record)
             case "contribution_rejected":
@@ -84,10 +100,10 @@ class _Book:
 
     def unresolved(self) -> Iterator[Violation]:
         """Contributions with neither manifest nor rejection, outside the round that is in flight at the end."""
-        for lease, contribution in self.contributions.items():
-            settled = lease in self.counted or lease in self.rejected or contribution["weight"] == 0
+        for name, contribution in self.contributions.items():
+            settled = name in self.counted or name in self.rejected or contribution["weight"] == 0
             if not settled and contribution["version"] < self.height:
-                yield Violation(2, f"the contribution of lease {lease} is in no manifest and was not rejected")
+                yield Violation(2, f"the contribution of {_words(name)} is in no manifest and was not rejected")
 
     @property
     def height(self) -> int:
@@ -95,50 +111,69 @@ class _Book:
 
     def _lease(self, record: Record) -> Iterator[Violation]:
         lease = record["lease"]
-        if lease <= max(self.leases, default=0):
-            yield Violation(4, f"lease {lease} was granted after lease {max(self.leases)}")
-        if record["version"] != self.height:
-            yield Violation(4, f"lease {lease} is for version {record['version']} at height {self.height}")
-        self.leases[lease] = record
-        for position in range(record["start"], record["start"] + record["count"]):
+        if lease <= self.newest:
+            yield Violation(4, f"lease {lease} was granted after lease {self.newest}")
+        self.newest = max(self.newest, lease)
+        yield from self._take_lease(record)
+        for position in _positions(record):
             other = self.live.get(position, self.spent.get(position))
             if other is not None:
                 yield Violation(3, f"position {position} of lease {lease} was taken by lease {other}")
             self.live[position] = lease
 
+    def _renewed(self, record: Record) -> Iterator[Violation]:
+        """A lease for another gradient of a rollout: of the same prompts, and after the gradient before has counted."""
+        lease, iteration = _name(record)
+        before = self.leases.get((lease, iteration - 1))
+        if before is None or any(before[key] != record[key] for key in ("peer", "start", "count")):
+            yield Violation(3, f"{_words(_name(record))} does not renew the iteration before it")
+        if self.counted.get((lease, iteration - 1)) != record["version"]:
+            yield Violation(3, f"{_words(_name(record))} goes on with a rollout that its version was not made from")
+        yield from self._take_lease(record)
+
+    def _take_lease(self, record: Record) -> Iterator[Violation]:
+        name = _name(record)
+        if record["version"] != self.height:
+            yield Violation(4, f"{_words(name)} is for version {record['version']} at height {self.height}")
+        self.leases[name] = record
+
     def _contribution(self, record: Record) -> Iterator[Violation]:
-        lease = record["lease"]
-        if lease in self.contributions:
-            yield Violation(3, f"two contributions were taken for lease {lease}")
+        name = _name(record)
+        if name in self.contributions:
+            yield Violation(3, f"two contributions were taken for {_words(name)}")
             return
-        self.contributions[lease] = record
-        if lease not in self.leases:
-            yield Violation(3, f"a contribution was taken for lease {lease}, which was never granted")
+        self.contributions[name] = record
+        if name not in self.leases:
+            yield Violation(3, f"a contribution was taken for {_words(name)}, which was never granted")
             return
-        start = self.leases[lease]["start"]
-        dropped = {start + offset for offset in record["dropped"]}
-        returned = {start + offset for offset in record["returned"]}
-        used = {start + offset for offset in record["used"]}
-        held = {position for position in used | dropped | returned if self.live.get(position) == lease}
-        if held != used | dropped | returned:
-            yield Violation(3, f"the contribution of lease {lease} has positions that the lease no longer had")
-        for position in dropped | returned:
+        offsets = [*record["used"], *record["dropped"], *record["returned"]]
+        lease, iteration = name
+        if iteration:
+            first = self.contributions.get((lease, 0), {"used": []})
+            if record["used"] not in ([], first["used"]) or len(offsets) != len(record["used"]):
+                yield Violation(3, f"the contribution of {_words(name)} uses other positions than iteration 0")
+            return
+        start = self.leases[name]["start"]
+        if any(self.live.get(start + offset) != lease for offset in offsets):
+            yield Violation(3, f"the contribution of {_words(name)} has positions that the lease no longer had")
+        for position in (start + offset for offset in (*record["dropped"], *record["returned"])):
             self.live.pop(position, None)
-        self.spent.update(dict.fromkeys(dropped, lease))
+        self.spent.update((start + offset, lease) for offset in record["dropped"])
 
     def _rejected(self, record: Record) -> Iterator[Violation]:
-        lease = record["lease"]
+        name = _name(record)
         if not record["reason"]:
-            yield Violation(2, f"the contribution of lease {lease} was rejected without a reason")
-        if lease in self.counted or lease in self.rejected:
-            yield Violation(2, f"the contribution of lease {lease} was rejected after it was settled")
-        self.rejected[lease] = record["reason"]
-        self._free(lease)
+            yield Violation(2, f"the contribution of {_words(name)} was rejected without a reason")
+        if name in self.counted or name in self.rejected:
+            yield Violation(2, f"the contribution of {_words(name)} was rejected after it was settled")
+        self.rejected[name] = record["reason"]
+        self._free(name)
 
-    def _free(self, lease: int) -> None:
-        granted = self.leases.get(lease)
-        if granted is not None:
-            for position in range(granted["start"], granted["start"] + granted["count"]):
+    def _free(self, name: Name) -> None:
+        """What a lease still had goes back, but by iteration 0 only: later ones hold no position."""
+        lease, iteration = name
+        if iteration == 0 and name in self.leases:
+            for position in _positions(self.leases[name]):
                 if self.live.get(position) == lease:
                     del self.live[position]
 
@@ -154,6 +189,8 @@ class _Book:
         self.versions.append(record)
         if version > 0:
             yield from self._origin(record)
+        if len({contributor.get("iteration", 0) for contributor in record["contributors"]}) > 1:
+            yield Violation(3, f"version {version} counts contributions of several iterations")
         for contributor in record["contributors"]:
             yield from self._count(contributor, version)
 
@@ -174,30 +211,35 @@ class _Book:
             yield Violation(5, f"the coefficients of version {version} are not the shares of the weight")
 
     def _count(self, contributor: Record, version: int) -> Iterator[Violation]:
-        lease = contributor["lease"]
-        contribution = self.contributions.get(lease)
+        name = _name(contributor)
+        words, contribution = _words(name), self.contributions.get(name)
         if contribution is None:
-            yield Violation(2, f"version {version} counts lease {lease}, for which no contribution was taken")
+            yield Violation(2, f"version {version} counts {words}, for which no contribution was taken")
             return
-        if lease in self.counted:
-            yield Violation(3, f"the contribution of lease {lease} is in versions {self.counted[lease]} and {version}")
-        if lease in self.rejected:
-            yield Violation(2, f"the contribution of lease {lease} is in version {version}, and was rejected")
+        if name in self.counted:
+            yield Violation(3, f"the contribution of {words} is in versions {self.counted[name]} and {version}")
+        if name in self.rejected:
+            yield Violation(2, f"the contribution of {words} is in version {version}, and was rejected")
         if (contribution["weight"], contribution["root"]) != (contributor["weight"], contributor["root"]):
-            yield Violation(2, f"version {version} counts another contribution than lease {lease} committed to")
-        self.counted[lease] = version
-        start = self.leases[lease]["start"] if lease in self.leases else 0
-        for position in (start + offset for offset in contribution["used"]):
+            yield Violation(2, f"version {version} counts another contribution than {words} committed to")
+        self.counted[name] = version
+        lease, iteration = name
+        start = self.leases[name]["start"] if name in self.leases else 0
+        for position in (start + offset for offset in contribution["used"] if iteration == 0):
             if position in self.spent:
                 yield Violation(3, f"position {position} counted for leases {self.spent[position]} and {lease}")
             self.spent[position] = lease
             self.live.pop(position, None)
 
 
+def _positions(lease: Record) -> range:
+    return range(lease["start"], lease["start"] + lease["count"])
+
+
 def _check_peer(peer: str, records: Iterable[Record], book: _Book) -> Iterator[Violation]:
     for record in records:
-        if record["kind"] == "contribution_acked" and record["lease"] not in book.contributions:
-            yield Violation(2, f"lease {record['lease']} was acknowledged to {peer}, and is not in the log")
+        if record["kind"] == "contribution_acked" and _name(record) not in book.contributions:
+            yield Violation(2, f"{_words(_name(record))} was acknowledged to {peer}, and is not in the log")
         if record["kind"] == "version":
             yield from _check_version(peer, record, book)
 

@@ -25,7 +25,9 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def explain(error: ValidationError, model: type[BaseModel], source: str) -> ConfigError:
     """What is wrong with `source`, key by key, with the closest known name for each unknown one."""
-    unknown_first = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+    # A default that is made from a wrong setting cannot be made: only the cause is worth telling.
+    causes = [item for item in error.errors() if item["type"] != "default_factory_not_called"]
+    unknown_first = sorted(causes or error.errors(), key=lambda item: item["type"] != "extra_forbidden")
     complaints = [_complaint(model, item["loc"], item["type"], item["msg"]) for item in unknown_first]
     shown = "; ".join(complaints[:MAX_COMPLAINTS])
     more = f"; and {len(complaints) - MAX_COMPLAINTS} more" if len(complaints) > MAX_COMPLAINTS else ""

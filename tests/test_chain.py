@@ -198,6 +198,24 @@ def test_a_version_without_a_span_for_each_reducer_is_refused(coordinator: Coord
     refused(chain, coordinator.bind(manifest, plan, seal), "one span for each reducer")
 
 
+def test_the_reference_stays_or_moves_to_the_version_itself(coordinator: Coordinator) -> None:
+    chain = coordinator.chain()
+    for version, reference in enumerate([0, 0, 2, 2, 4]):
+        manifest, plan, seal = coordinator.messages(version)
+        manifest.reference_version = reference
+        chain.append(coordinator.bind(manifest, plan, seal))
+    head = coordinator.head
+    for reference in (0, 2, 3):
+        coordinator.head = head
+        manifest, plan, seal = coordinator.messages(5)
+        manifest.reference_version = reference
+        refused(chain, coordinator.bind(manifest, plan, seal), "goes back to an older reference")
+    coordinator.head = head
+    manifest, plan, seal = coordinator.messages(5)
+    manifest.reference_version = 6
+    refused(chain, coordinator.bind(manifest, plan, seal), "refers to version 6, which is to come")
+
+
 def test_a_run_manifest_of_another_coordinator_is_refused(coordinator: Coordinator) -> None:
     with pytest.raises(ChainError, match="run manifest does not verify"):
         Chain(coordinator.run, Identity.generate().peer_id)

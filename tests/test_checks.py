@@ -14,8 +14,12 @@ ROOT = bytes(32)
 SCALARS = StepScalars.for_step(1, learning_rate=0.1, beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.0).to_bits()
 INFINITE = float("inf")
 
-LEASE = pb.Lease(id=1, peer="a", version=1, count=3, max_weight=24, seconds=60.0)
+LEASE = pb.Lease(id=1, peer="a", version=1, count=3, wanted=2, max_weight=16, seconds=60.0)
 CONTRIBUTION = pb.Contribution(lease=1, version=1, used=[0], dropped=[1], returned=[2], weight=8, root=ROOT)
+RENEWED = pb.Lease(id=1, peer="a", version=2, count=3, wanted=2, max_weight=16, seconds=60.0, iteration=1)
+ROLLOUT = [2, 0]
+AGAIN = pb.Contribution(lease=1, version=2, iteration=1, used=ROLLOUT, weight=16, root=ROOT)
+LOST = pb.Contribution(lease=1, version=2, iteration=1, root=ROOT)
 PLAN = pb.RoundPlan(
     version=2,
     parent=ROOT,
@@ -39,6 +43,8 @@ GENESIS = pb.VersionManifest(version=0, parent=ROOT, state=pb.Blob(root=ROOT))
 CHECKS: list[tuple[Message, Callable[[Any], None]]] = [
     (LEASE, checks.check_lease),
     (CONTRIBUTION, lambda message: checks.check_contribution(message, LEASE)),
+    (AGAIN, lambda message: checks.check_contribution(message, RENEWED, ROLLOUT)),
+    (LOST, lambda message: checks.check_contribution(message, RENEWED, ROLLOUT)),
     (PLAN, checks.check_plan),
     (SENDERS, lambda message: checks.check_sender_report(message, PLAN)),
     (SEAL, lambda message: checks.check_seal(message, PLAN)),
@@ -91,6 +97,9 @@ CHANGES: dict[str, tuple[Message, list[Callable[[Any], None]]]] = {
         LEASE,
         [
             _set(count=0),
+            _set(count=checks.MAX_LEASE_POSITIONS + 1),
+            _set(wanted=0),
+            _set(wanted=4),
             _set(max_weight=0),
             _set(seconds=0.0),
             _set(seconds=-1.0),
@@ -106,12 +115,30 @@ CHANGES: dict[str, tuple[Message, list[Callable[[Any], None]]]] = {
             _set(used=[0, 1]),
             _set(used=[0, 0]),
             _set(used=[3]),
-            _set(weight=25),
+            _set(used=[0, 1, 2], dropped=[], returned=[]),
+            _set(weight=9),
             _set(weight=0),
             _set(used=[], dropped=[0, 1]),
+            _set(iteration=1),
             *BAD_METRICS,
         ],
     ),
+    "contribution of a later iteration": (
+        AGAIN,
+        [
+            _set(used=[0, 2]),
+            _set(used=[2]),
+            _set(used=[2, 1]),
+            _set(used=[2], dropped=[0], weight=8),
+            _set(used=[], dropped=[2, 0], weight=0),
+            _set(used=[], returned=[2, 0], weight=0),
+            _set(dropped=[1]),
+            _set(returned=[1]),
+            _set(weight=17),
+            _set(iteration=0),
+        ],
+    ),
+    "contribution without its rollout": (LOST, [_set(weight=1), _set(dropped=[0]), _set(returned=[0, 1, 2])]),
     "plan": (
         PLAN,
         [
@@ -128,6 +155,7 @@ CHANGES: dict[str, tuple[Message, list[Callable[[Any], None]]]] = {
             _set(contributors=[*CROWD, *PLAN.contributors]),
             _each("contributors", root=b"short"),
             _each("contributors", weight=0),
+            _each("contributors", 1, iteration=1),
             _set(reducers=[]),
             _set(
                 values=65 * CHUNK_VALUES,
@@ -182,6 +210,7 @@ CHANGES: dict[str, tuple[Message, list[Callable[[Any], None]]]] = {
         [
             _set(parent=b""),
             lambda manifest: manifest.state.ClearField("root"),
+            _set(reference_version=3),
             _set(plan=b""),
             _set(seal=b""),
             _each("spans", root=b""),

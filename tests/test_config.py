@@ -25,6 +25,13 @@ path = "train.jsonl"
 functions = ["exact_match"]
 """
 
+FULL = r'\[model\]: trainable = "full" needs dtype = "float32" and no quantize'
+
+
+def generated(settings: str) -> str:
+    """A run on rows of reasoning-gym."""
+    return MINIMAL.replace('path = "train.jsonl"', f'name = "reasoning_gym:chain_sum"\n{settings}')
+
 
 @pytest.fixture(autouse=True)
 def no_settings_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,9 +93,55 @@ def test_a_minimal_run_has_trl_s_defaults_and_paths_beside_the_file(tmp_path: Pa
         (MINIMAL.replace("versions = 3", ""), r"\[run\] versions: Field required"),
         (MINIMAL.replace('path = "starter"', 'name = "org/model"'), r"\[model\]: a hub name needs a revision"),
         (MINIMAL.replace('path = "starter"', ""), r"\[model\]: give exactly one of path and name"),
-        (MINIMAL.replace("train.jsonl", "train.csv"), r"train\.csv must be a \.jsonl or \.parquet file"),
+        (MINIMAL.replace("train.jsonl", "train.txt"), r"train\.txt must be a \.jsonl, \.parquet or \.csv file"),
+        (
+            MINIMAL.replace('train.jsonl"', 'train.jsonl"\nsplit = "test"'),
+            r"\[dataset\]: config, split and revision belong",
+        ),
+        (
+            MINIMAL.replace('train.jsonl"', 'train.jsonl"\nname = "org/set"'),
+            r"\[dataset\]: give exactly one of path and",
+        ),
+        (
+            MINIMAL.replace('train.jsonl"', 'train.jsonl"\nsize = 5'),
+            r"\[dataset\]: size and seed belong to a reasoning_gym",
+        ),
+        (
+            MINIMAL + "[evaluation]\nname = 'org/set'\nseed = 5",
+            r"\[evaluation\]: size and seed belong to a reasoning_gym",
+        ),
+        (generated("seed = 1"), r"\[dataset\]: reasoning_gym:chain_sum needs size and seed"),
+        (generated("size = 1"), r"\[dataset\]: reasoning_gym:chain_sum needs size and seed"),
+        (generated('size = 1\nseed = 0\nsplit = "test"'), r"chain_sum .* takes no config, split or revision"),
+        (generated("size = 0\nseed = 0"), r"\[dataset\] size: .*greater than or equal to 1"),
+        (generated("size = 1048577\nseed = 0"), r"\[dataset\] size: .*less than or equal to 1048576"),
+        (generated("size = 1\nseed = -1"), r"\[dataset\] seed: .*greater than or equal to 0"),
+        (generated("size = 1\nseed = 2147483648"), r"\[dataset\] seed: .*less than 2147483648"),
+        (MINIMAL.replace('train.jsonl"', 'train.jsonl"\ncolumns = "x"'), r"\[dataset\] columns: .*tuple"),
+        (MINIMAL.replace('starter"', 'starter"\ndtype = "bfloat16"\ntrainable = "full"'), FULL),
+        (MINIMAL.replace('starter"', 'starter"\nquantize = "nf4"\ntrainable = "full"'), FULL),
+        (MINIMAL.replace('starter"', 'starter"\nquantize = "int3"'), r"\[model\] quantize: .*'nf4'"),
         (MINIMAL.replace('"exact_match"]', '"a", "a"]'), r"\[rewards\]: a reward function is named twice"),
         (MINIMAL.replace('match"]', 'match"]\nweights = [1, 2]'), r"\[rewards\]: 2 weights for 1 functions"),
+        (MINIMAL + "[rewards.options.other]\nx = 1", r"\[rewards\]: options for other, which functions does not name"),
+        (MINIMAL + "[rewards.options.exact_match]\nx = [1]", r"\[rewards\] options\.exact_match\.x"),
+        (MINIMAL + "[grpo]\nbeta = 0.1\nref_model_sync_steps = 0", r"\[grpo\] ref_model_sync_steps: .*equal to 1"),
+        (
+            MINIMAL + "[grpo]\nref_model_sync_steps = 5",
+            r"\[grpo\]: ref_model_sync_steps .* with beta = 0 there is none",
+        ),
+        (MINIMAL + "[grpo]\ndelta = 1.1", r"\[grpo\]: delta must be above 1 [+] epsilon_high"),
+        (MINIMAL + "[grpo]\nepsilon_high = 0.5\ndelta = 1.5", r"\[grpo\]: delta must be above 1 [+] epsilon_high"),
+        (MINIMAL + '[grpo]\nloss_type = "cispo"\ndelta = 9.0', r"\[grpo\]: delta .* is not for cispo"),
+        (MINIMAL + "[grpo]\nnum_iterations = 3\nmax_staleness = 1", r"\[grpo\]: max_staleness must be at least"),
+        (
+            MINIMAL + "[grpo]\nimportance_sampling_clip_min = 2.0\nimportance_sampling_clip_max = 1.5",
+            r"\[grpo\]: importance_sampling_clip_min is above importance_sampling_clip_max",
+        ),
+        (MINIMAL + "[grpo]\ndynamic_sampling_factor = 0.5", r"\[grpo\] dynamic_sampling_factor: .*equal to 1"),
+        (MINIMAL + "[grpo]\ntop_entropy_quantile = 1.5", r"\[grpo\] top_entropy_quantile: .*equal to 1"),
+        (MINIMAL + '[grpo]\nloss_type = "ppo"', r"\[grpo\] loss_type: .*'bnpo', 'dr_grpo' or 'cispo'"),
+        (MINIMAL + '[grpo]\nscale_rewards = "both"', r"\[grpo\] scale_rewards: .*'group', 'batch' or 'none'"),
         (MINIMAL.replace('train.jsonl"', 'train.jsonl"\nprompt_template = "Q:"'), r"\{prompt\}.*exactly once"),
         (MINIMAL + "[grpo\n", r"not valid TOML"),
     ],
@@ -100,6 +153,44 @@ def test_a_mistake_is_named_with_its_place_and_remedy(tmp_path: Path, text: str,
     assert "\n" not in str(caught.value)
     assert caught.value.hint
     assert caught.value.exit_code == 78
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ("", {"epsilon_high": 0.2, "max_staleness": 1, "delta": None, "importance_sampling_clip_max": 3.0}),
+        ("epsilon = 0.3", {"epsilon_high": 0.3}),
+        ('loss_type = "cispo"', {"epsilon_high": 5.0}),
+        ('loss_type = "cispo"\nepsilon_high = 2.0', {"epsilon_high": 2.0}),
+        ("num_iterations = 2", {"max_staleness": 1}),
+        ("num_iterations = 4", {"max_staleness": 3}),
+        ("num_iterations = 4\nmax_staleness = 5", {"max_staleness": 5}),
+        ("epsilon_high = 0.28\ndelta = 1.5", {"delta": 1.5}),
+    ],
+)
+def test_defaults_follow_from_other_settings(tmp_path: Path, settings: str, expected: dict[str, Any]) -> None:
+    grpo = RunConfig.load(write(tmp_path, f"{MINIMAL}[grpo]\n{settings}")).grpo
+    assert grpo.model_dump(include=set(expected)) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [('scale_rewards = "batch"', 'scale_rewards = "batch"'), ("top_entropy_quantile = 0.2", "top_entropy_quantile")],
+)
+def test_settings_that_look_at_a_batch_are_for_one_machine(tmp_path: Path, settings: str, named: str) -> None:
+    RunConfig.load(write(tmp_path, MINIMAL + '[grpo]\nscale_rewards = "none"')).require_swarm()
+    config = RunConfig.load(write(tmp_path, f"{MINIMAL}[grpo]\n{settings}"))
+    with pytest.raises(ConfigError, match=f"{named} looks at the whole batch") as caught:
+        config.require_swarm()
+    assert "Leave it out" in caught.value.hint
+
+
+def test_a_generator_is_told_from_the_hub(tmp_path: Path) -> None:
+    config = RunConfig.load(write(tmp_path, generated("size = 10\nseed = 0")))
+    assert config.dataset.task == "chain_sum"
+    hub = MINIMAL.replace('path = "train.jsonl"', 'name = "org/set"')
+    assert RunConfig.load(write(tmp_path, hub)).dataset.task is None
+    assert RunConfig.load(write(tmp_path, MINIMAL)).dataset.task is None
 
 
 def test_a_missing_file_is_a_mistake(tmp_path: Path) -> None:

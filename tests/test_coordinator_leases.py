@@ -14,9 +14,11 @@ from hivegrpo.coordinator.reports import judge
 from hivegrpo.coordinator.state import Phase
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.chain import MAX_ENTRY_BYTES
+from hivegrpo.protocol.checks import MAX_LEASE_POSITIONS, MAX_METRIC_NAME, MAX_METRICS, check_lease
 from hivegrpo.protocol.envelope import sign
 from hivegrpo.protocol.errors import FrameError, SignatureError
 from hivegrpo.protocol.identity import Identity
+from hivegrpo.protocol.transport.base import MAX_CALL_BYTES
 
 
 @pytest.fixture
@@ -117,6 +119,117 @@ def test_an_empty_round_is_begun_again_with_other_prompts(machine: Machine) -> N
     assert machine.state.empty_rounds == 0
 
 
+def sampled(machine: Machine, peer: str, used: int, dropped: int) -> pb.Contribution:
+    """Dynamic sampling under a peer's lease: the first groups are dropped, the next used, the rest returned."""
+    count = machine.lease(peer).count
+    return machine.contribution(peer, dropped=range(dropped), returned=range(dropped + used, count))
+
+
+def test_dynamic_sampling_leases_more_than_it_wants_and_counts_what_it_wanted() -> None:
+    machine = Machine(grpo={"dynamic_sampling_factor": 1.5})
+    a, b, c = machine.peers
+    machine.start()
+    shares = {peer: (lease.wanted, lease.count) for peer in machine.peers if (lease := machine.lease(peer))}
+    assert sorted(shares.values()) == [(3, 5), (3, 5), (4, 6)], "half as many again, rounded up"
+    assert all(machine.lease(peer).max_weight == machine.lease(peer).wanted * 4 * 8 for peer in machine.peers)
+    first, second, third = machine.state.round.served
+    assert machine.report(first, sampled(machine, first, used=4, dropped=1)).accepted
+    assert machine.state.round.spent == 4, "what was dropped was replaced"
+    assert machine.report(second, sampled(machine, second, used=1, dropped=4)).accepted
+    assert machine.state.round.spent == 7, "what was dropped in vain is not leased again in this round"
+    assert machine.report(third, sampled(machine, third, used=1, dropped=1)).accepted
+    assert machine.state.phase is Phase.EXCHANGE
+    assert machine.state.round.spent == 9
+    # Offsets 5 of the first lease (0 to 5) and 2 to 4 of the third (11 to 15) came back.
+    assert machine.state.positions == Positions(cursor=16, returned=[range(5, 6), range(13, 16)])
+    machine.exchange()
+    machine.vote(a, b, c)
+    assert sum(machine.lease(peer).wanted for peer in machine.peers) == 10
+    machine.check_replay()
+
+
+def test_what_a_lease_wanted_and_returned_is_leased_to_others_in_the_round() -> None:
+    machine = Machine(grpo={"dynamic_sampling_factor": 2.0})
+    machine.start()
+    first, second, third = machine.state.round.served
+    late = Identity.generate()
+    machine.identities[late.peer_id] = late
+    machine.join(late.peer_id)
+    machine.ready(late.peer_id)
+    assert machine.state.members[late.peer_id].lease is None
+    assert machine.report(first, sampled(machine, first, used=1, dropped=1)).accepted
+    lease = machine.lease(late.peer_id)
+    assert (lease.wanted, lease.count) == (2, 4), "two of the four were not tried"
+    assert list(run_of(lease)) == [2, 3, 4, 5]
+    for peer in (second, third):
+        assert machine.report(peer, sampled(machine, peer, used=3, dropped=0)).accepted
+    assert machine.report(late.peer_id, sampled(machine, late.peer_id, used=2, dropped=0)).accepted
+    assert machine.state.round.spent == 10
+    assert len(machine.plan.contributors) == 4
+    machine.check_replay()
+
+
+def test_a_round_in_which_everything_is_dropped_ends_and_says_why() -> None:
+    machine = Machine(grpo={"dynamic_sampling_factor": 2.0})
+    machine.start()
+    for peer in machine.peers:
+        contribution = sampled(machine, peer, used=0, dropped=machine.lease(peer).count)
+        contribution.metrics["frac_reward_zero_std"] = 1.0
+        assert machine.report(peer, contribution).accepted
+    (empty,) = machine.of(ev.RoundEmpty)
+    assert (empty.version, empty.reason) == (1, "no contribution has weight: frac_reward_zero_std = 1")
+    assert sorted(p for peer in machine.peers for p in run_of(machine.lease(peer))) == list(range(20, 40))
+    machine.check_replay()
+
+
+def test_a_rejected_contribution_gives_back_what_it_used_and_not_what_it_dropped() -> None:
+    machine = Machine(grpo={"dynamic_sampling_factor": 2.0})
+    machine.start()
+    first, *others = machine.state.round.served
+    assert machine.report(first, sampled(machine, first, used=2, dropped=3)).accepted
+    for peer in others:
+        assert machine.report(peer, sampled(machine, peer, used=3, dropped=0)).accepted
+    machine.lose(first)
+    machine.exchange(first)
+    machine.wait(5)
+    assert [event.peer for event in machine.of(ev.ContributionRejected)] == [first]
+    free = [position for run in machine.state.positions.returned for position in run]
+    assert free[:5] == [3, 4, 5, 6, 7], "0 to 2 were dropped"
+    machine.check_replay()
+
+
+def test_a_lease_wants_no_more_than_it_has() -> None:
+    """Positions that came back are leased as they are, if they make half of what is asked for."""
+    machine = Machine(peers=1, run={"start_peers": 1}, grpo={"prompts_per_round": 4, "dynamic_sampling_factor": 2.0})
+    (peer,) = machine.peers
+    machine.start()
+    assert machine.report(peer, sampled(machine, peer, used=1, dropped=2)).accepted
+    machine.exchange()
+    machine.vote(peer)
+    lease = machine.lease(peer)
+    assert (list(run_of(lease)), lease.wanted) == ([3, 4, 5, 6, 7], 4)
+    assert machine.report(peer, sampled(machine, peer, used=1, dropped=1)).accepted
+    machine.exchange()
+    machine.vote(peer)
+    assert machine.lease(peer).wanted == 4
+    assert machine.lease(peer).count == 8
+    machine.check_replay()
+
+
+def test_no_lease_has_more_positions_than_a_report_can_list() -> None:
+    machine = Machine(
+        peers=1, run={"start_peers": 1}, grpo={"prompts_per_round": 1 << 20, "dynamic_sampling_factor": 16.0}
+    )
+    machine.start()
+    lease = machine.lease(machine.peers[0])
+    check_lease(lease)
+    assert lease.count == lease.wanted == MAX_LEASE_POSITIONS
+    metrics = {f"{index:0{MAX_METRIC_NAME}}": 1.0 for index in range(MAX_METRICS)}
+    contribution = pb.Contribution(lease=lease.id, dropped=range(lease.count), root=b"r" * 32, metrics=metrics)
+    signed = sign(machine.identities[machine.peers[0]], machine.run_id, contribution)
+    assert signed.ByteSize() <= MAX_CALL_BYTES
+
+
 def test_a_peer_without_anything_learnt_does_not_hold_up_the_others(machine: Machine) -> None:
     a, b, c = machine.peers
     machine.start()
@@ -173,7 +286,7 @@ def test_reports_that_make_no_sense_are_refused_and_change_nothing(machine: Mach
     mine = machine.contribution(a)
     assert machine.report(b, mine).reason == "invalid: lease 1 is not this peer's"
     mine.version = 7
-    assert machine.report(a, mine).reason == "invalid: lease 1 is for version 0"
+    assert machine.report(a, mine).reason == "invalid: lease 1 is for version 0, iteration 0"
     greedy = machine.contribution(a)
     greedy.weight = machine.lease(a).max_weight + 1
     with pytest.raises(FrameError, match="above the lease's bound"):
@@ -222,7 +335,8 @@ def test_only_one_lease_of_a_version_measures_accuracy() -> None:
 
 def test_the_largest_roster_fits_in_an_entry_of_the_chain() -> None:
     names = [f"12D3KooW{index:044}" for index in range(LARGEST_ROSTER + 1)]
-    machine = Machine(grpo={"prompts_per_round": len(names)}, run={"start_peers": len(names)})
+    grpo = {"prompts_per_round": len(names), "num_iterations": 64}
+    machine = Machine(grpo=grpo, run={"start_peers": len(names)})
     addresses = tuple("x" * 200 + name for name in names[:16])
     for name in names:
         apply(machine.state, ev.PeerJoined(machine.now, name, addresses, ""))
@@ -232,7 +346,9 @@ def test_the_largest_roster_fits_in_an_entry_of_the_chain() -> None:
     for granted in list(machine.state.leases.values()):
         lease = granted.message
         weight = lease.max_weight
-        contribution = pb.Contribution(lease=lease.id, used=range(lease.count), weight=weight, root=b"r" * 32)
+        contribution = pb.Contribution(
+            lease=lease.id, iteration=63, used=range(lease.count), weight=weight, root=b"r" * 32
+        )
         payload = contribution.SerializeToString()
         signed = pb.Signed(type="Contribution", payload=payload, signer=lease.peer)
         apply(machine.state, ev.ContributionReceived(machine.now, signed.SerializeToString()))

@@ -68,6 +68,32 @@ def test_a_restart_in_the_middle_of_a_round_goes_on(tmp_path: Path) -> None:
     run(test())
 
 
+def test_a_round_with_nothing_to_learn_is_one_line_in_the_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def test() -> None:
+        node = Node(tmp_path / "coordinator", MemoryNetwork(), run={"start_peers": 2})
+        peers = [ScriptedPeer(node, mute={"Lease"}) for _ in range(2)]
+        async with node.running(), peers[0].online(), peers[1].online():
+            for peer in peers:
+                lease = await peer.until(lambda message: isinstance(message, pb.Lease))
+                assert isinstance(lease, pb.Lease)
+                contribution = pb.Contribution(
+                    lease=lease.id,
+                    dropped=range(lease.count),
+                    root=bytes(32),
+                    metrics={"frac_reward_zero_std": 1.0, "groups/dropped": float(lease.count)},
+                )
+                assert (await peer.report(contribution)).accepted
+        (empty,) = [record for record in node.records() if record["kind"] == "round_empty"]
+        reason = "no contribution has weight: frac_reward_zero_std = 1, groups/dropped = 9"
+        assert (empty["version"], empty["reason"]) == (1, reason)
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "nothing to learn" in line]
+        assert reason in line
+
+    run(test())
+
+
 def test_a_lost_reducer_costs_an_attempt_and_not_the_round(tmp_path: Path) -> None:
     async def test() -> None:
         node = Node(tmp_path / "coordinator", MemoryNetwork())

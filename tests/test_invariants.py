@@ -18,7 +18,10 @@ def root(*parts: object) -> str:
 
 
 class Histories:
-    """What a coordinator and two peers wrote: two versions of two contributions each, a lost lease, an empty one."""
+    """What a coordinator and two peers wrote: two versions of two contributions each, a lost lease, an empty one.
+
+    Version 3 is a second gradient of the rollouts of version 2; of the third one nothing comes.
+    """
 
     def __init__(self) -> None:
         self.coordinator: list[Record] = [{"kind": "run", "run_id": RUN}, {"kind": "started", "at": 0.0}]
@@ -29,14 +32,21 @@ class Histories:
         self.round(1)
         self.coordinator.append({"kind": "started", "at": 9.0})
         self.round(2)
-        self.lease("alice", 2, 0)  # in flight at the end
-        self.contribute("alice", 2, used=[0, 1, 2], dropped=[3])
+        self.again(3)
+        self.renew(7, 3, 2)
+        self.coordinator.append({"kind": "lease_expired", "lease": 7, "iteration": 2, "reason": "lost"})
+        self.renew(8, 3, 2)
+        self.contribute("alice", 3, lease=8, iteration=2)
+        self.coordinator.append({"kind": "round_abandoned", "version": 4, "reason": "no rollout is left"})
+        self.lease("alice", 3, 0)  # in flight at the end
+        self.contribute("alice", 3, used=[0, 1, 2], dropped=[3])
 
     def lease(self, peer: str, version: int, returned: int) -> None:
         self.coordinator.append(
             {
                 "kind": "lease",
                 "lease": self.next_lease,
+                "iteration": 0,
                 "peer": peer,
                 "version": version,
                 "start": self.position,
@@ -46,21 +56,29 @@ class Histories:
         self.next_lease += 1
         self.position += 4 - returned
 
-    def contribute(self, peer: str, version: int, **offsets: list[int]) -> Record:
-        lease = self.next_lease - 1
+    def renew(self, lease: int, version: int, iteration: int) -> None:
+        before = self.first("lease", lease=lease)
+        self.coordinator.append({**before, "version": version, "iteration": iteration})
+
+    def contribute(
+        self, peer: str, version: int, lease: int | None = None, iteration: int = 0, **offsets: list[int]
+    ) -> Record:
+        lease = self.next_lease - 1 if lease is None else lease
         groups = {"used": [], "dropped": [], "returned": [], **offsets}
         record: Record = {
             "kind": "contribution",
             "lease": lease,
+            "iteration": iteration,
             "peer": peer,
             "version": version,
             **groups,
             "weight": 8 * len(groups["used"]),
-            "root": root(peer, lease),
+            "root": root(peer, lease, iteration),
         }
         self.coordinator.append(record)
-        self.peers[peer].append({"kind": "contribution_acked", "lease": lease})
-        return {"peer": peer, "lease": lease, "weight": record["weight"], "root": record["root"]}
+        self.peers[peer].append({"kind": "contribution_acked", "lease": lease, "iteration": iteration})
+        named = ("peer", "lease", "iteration", "weight", "root")
+        return {name: record[name] for name in named}
 
     def round(self, version: int) -> None:
         before = version - 1
@@ -77,10 +95,29 @@ class Histories:
         slow = self.contribute("bob", before, used=[0, 1, 2, 3])
         rejection = {"kind": "contribution_rejected", "lease": slow["lease"], "peer": "bob", "reason": "peer lost"}
         self.coordinator.append(rejection)
-        contributors = [alice, bob]
+        self.average(version, [alice, bob])
+
+    def again(self, version: int) -> None:
+        """The next iteration of the version before."""
+        before = self.first("version", version=version - 1)["contributors"]
+        for one in before:
+            self.renew(one["lease"], version - 1, one["iteration"] + 1)
+        alice, bob = (
+            self.contribute(
+                one["peer"],
+                version - 1,
+                lease=one["lease"],
+                iteration=one["iteration"] + 1,
+                used=self.first("contribution", lease=one["lease"])["used"],
+            )
+            for one in before
+        )
+        self.average(version, [alice, bob])
+
+    def average(self, version: int, contributors: list[Record]) -> None:
         plan: Record = {"kind": "plan", "digest": root("plan", version), "version": version, "attempt": 1}
         self.coordinator.append({**plan, "rule": "mean", "contributors": contributors, "reducers": [{}, {}]})
-        total = alice["weight"] + bob["weight"]
+        total = sum(one["weight"] for one in contributors)
         sealed = [{"peer": one["peer"], "coefficient": fp32_bits(one["weight"] / total)} for one in contributors]
         digest = root("seal", version)
         self.coordinator.append({"kind": "seal", "digest": digest, "plan": plan["digest"], "contributors": sealed})
@@ -178,7 +215,7 @@ def fork_at_a_peer(histories: Histories) -> None:
 
 
 def peer_ahead_of_the_log(histories: Histories) -> None:
-    held = {"kind": "version", "version": 3, "state_root": root("state", 3), "manifest": root("manifest", 3)}
+    held = {"kind": "version", "version": 4, "state_root": root("state", 4), "manifest": root("manifest", 4)}
     histories.peers["alice"].append(held)
 
 
@@ -197,6 +234,64 @@ def lying_reducer(histories: Histories) -> None:
 
 def wrong_share(histories: Histories) -> None:
     histories.first("seal")["contributors"][0]["coefficient"] += 1
+
+
+def renewed_with_other_prompts(histories: Histories) -> None:
+    histories.first("lease", lease=8, iteration=1)["start"] += 1
+
+
+def renewed_for_another_peer(histories: Histories) -> None:
+    histories.first("lease", lease=8, iteration=1)["peer"] = "bob"
+
+
+def iteration_left_out(histories: Histories) -> None:
+    histories.first("lease", lease=8, iteration=1)["iteration"] = 2
+
+
+def renewed_after_a_rejection(histories: Histories) -> None:
+    """Lease 10 had been rejected when version 2 was made."""
+    rejected = histories.first("lease", lease=10)
+    after = histories.coordinator.index(histories.first("version", version=2)) + 1
+    histories.coordinator.insert(after, {**rejected, "version": 2, "iteration": 1})
+
+
+def other_positions_again(histories: Histories) -> None:
+    histories.first("contribution", lease=8, iteration=1)["used"] = [0, 1, 2]
+
+
+def positions_given_back_late(histories: Histories) -> None:
+    histories.first("contribution", lease=8, iteration=1).update(used=[0, 1], returned=[2, 3])
+
+
+def iteration_twice(histories: Histories) -> None:
+    contribution = histories.first("contribution", lease=8, iteration=1)
+    histories.coordinator.insert(histories.coordinator.index(contribution), dict(contribution))
+
+
+def iteration_never_granted(histories: Histories) -> None:
+    histories.coordinator.remove(histories.first("lease", lease=8, iteration=1))
+
+
+def iteration_unresolved(histories: Histories) -> None:
+    histories.first("version", version=3)["contributors"].pop()
+
+
+def iteration_rejected_and_counted(histories: Histories) -> None:
+    rejection = {"kind": "contribution_rejected", "lease": 8, "iteration": 1, "peer": "alice", "reason": "late"}
+    histories.coordinator.insert(histories.coordinator.index(histories.first("version", version=3)), rejection)
+
+
+def iterations_mixed(histories: Histories) -> None:
+    histories.first("version", version=3)["contributors"][0]["iteration"] = 0
+
+
+def iteration_counted_twice(histories: Histories) -> None:
+    contributors = histories.first("version", version=3)["contributors"]
+    contributors.append(contributors[0])
+
+
+def forgotten_iteration(histories: Histories) -> None:
+    histories.peers["alice"].append({"kind": "contribution_acked", "lease": 8, "iteration": 3})
 
 
 def test_a_faithful_history_has_no_violation() -> None:
@@ -221,9 +316,22 @@ def test_a_faithful_history_has_no_violation() -> None:
         (fork_in_the_log, 4, "does not continue"),
         (other_run, 4, "does not continue"),
         (fork_at_a_peer, 4, "another manifest"),
-        (peer_ahead_of_the_log, 4, "the log ends at 2"),
+        (peer_ahead_of_the_log, 4, "the log ends at 3"),
         (foreign_plan, 4, "a plan or a seal that was not made for it"),
         (lease_number_again, 4, "was granted after"),
+        (renewed_with_other_prompts, 3, "lease 8, iteration 1 does not renew"),
+        (renewed_for_another_peer, 3, "lease 8, iteration 1 does not renew"),
+        (iteration_left_out, 3, "lease 8, iteration 2 does not renew"),
+        (renewed_after_a_rejection, 3, "lease 10, iteration 1 goes on with a rollout"),
+        (other_positions_again, 3, "uses other positions than iteration 0"),
+        (positions_given_back_late, 3, "uses other positions than iteration 0"),
+        (iteration_twice, 3, "two contributions were taken for lease 8, iteration 1"),
+        (iteration_never_granted, 3, "lease 8, iteration 1, which was never granted"),
+        (iteration_unresolved, 2, "lease 7, iteration 1 is in no manifest and was not rejected"),
+        (iteration_rejected_and_counted, 2, "lease 8, iteration 1 is in version 3, and was rejected"),
+        (iterations_mixed, 3, "version 3 counts contributions of several iterations"),
+        (iteration_counted_twice, 3, "lease 8, iteration 1 is in versions 3 and 3"),
+        (forgotten_iteration, 2, "lease 8, iteration 3 was acknowledged"),
         (lying_reducer, 5, "span 1 of version 2"),
         (wrong_share, 5, "shares of the weight"),
     ],
@@ -244,5 +352,5 @@ def test_chunks_that_are_gone_are_not_judged() -> None:
 def test_what_is_in_flight_at_the_end_may_be_open() -> None:
     histories = Histories()
     assert histories.coordinator[-1]["kind"] == "contribution"
-    histories.coordinator[-1]["version"] = 1
+    histories.coordinator[-1]["version"] = 2
     assert [violation.invariant for violation in histories.check()] == [2]

@@ -8,14 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from support.invariants import assert_invariants
-from support.runs import IntegerLearner, signed_run, small_config, vector_of
+from support.runs import IntegerLearner, Split, signed_run, small_config, vector_of
 from support.swarm import Swarm
 
+from hivegrpo.cli.prepare import prepare_run
+from hivegrpo.peer.home import PeerHome
+from hivegrpo.peer.preparation import _load
 from hivegrpo.peer.swarm.codecs import decode_vector, get_codec
+from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobstream import BlobStore
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.chainfile import ChainFile
-from hivegrpo.protocol.config import RunConfig
+from hivegrpo.protocol.config import PeerConfig, RunConfig
+from hivegrpo.protocol.errors import ConfigError, MismatchError
+from hivegrpo.protocol.history import read_history
 from hivegrpo.protocol.identity import Identity
 
 VALUES = 40_000
@@ -92,6 +98,50 @@ def test_the_swarms_average_is_the_weighted_mean(tmp_path: Path) -> None:
     plain = sum(vectors.values()) / len(vectors)
     assert torch.linalg.norm(averaged - expected) / torch.linalg.norm(expected) <= 1e-5
     assert torch.linalg.norm(averaged - plain) / torch.linalg.norm(plain) > 1e-2
+
+
+def test_dynamic_sampling_spends_no_more_than_a_round_needs(tmp_path: Path) -> None:
+    config = small_config(
+        run={"start_peers": 3, "versions": 6},
+        grpo={"prompts_per_round": 12, "dynamic_sampling_factor": 2.0},
+        distribution={"anchor_every": 1},
+    )
+    swarm = make_swarm(tmp_path, config)
+
+    def replace_one(count: int, wanted: int) -> Split:
+        assert count == 2 * wanted
+        return range(1, wanted + 1), (0,), range(wanted + 1, count)
+
+    def drop_all(count: int, wanted: int) -> Split:
+        return (), range(count), ()
+
+    async def scenario() -> None:
+        coordinator = await swarm.start_coordinator()
+        await swarm.start_peer("a", IntegerLearner(VALUES, before=roll_out, split=replace_one))
+        await swarm.start_peer("b", IntegerLearner(VALUES, before=roll_out, split=replace_one))
+        await swarm.start_peer("unlucky", IntegerLearner(VALUES, before=roll_out, split=drop_all))
+        await asyncio.gather(*(peer.task for peer in swarm.peers.values()))
+        await coordinator.leave()
+
+    run(scenario)
+    notes = [
+        record["note"] for record in read_history(PeerHome(swarm.peer_home("unlucky")).history) if "note" in record
+    ]
+    assert "all rewards are equal" in notes
+    manifests = [entry.manifest.message for entry in chain_of(swarm.coordinator_home).entries[1:]]
+    lucky = {swarm.identities[name].peer_id for name in ("a", "b")}
+    assert all({contributor.peer for contributor in manifest.contributors} == lucky for manifest in manifests)
+    # Of each round's twelve groups, four are the unlucky peer's share. The others' ten tokens a group make 80.
+    assert [manifest.metrics["num_tokens"] for manifest in manifests] == [80.0] * 6
+    assert_invariants(swarm)
+
+
+def test_what_looks_at_a_whole_batch_is_neither_launched_nor_joined(tmp_path: Path) -> None:
+    config, store = small_config(grpo={"scale_rewards": "batch"}), BlobStore(tmp_path)
+    with pytest.raises(ConfigError, match="whole batch"):
+        prepare_run(config, Identity.generate(), store)
+    with pytest.raises(MismatchError, match="whole batch"):
+        _load(pb.RunManifest(), config, PeerConfig(), store, tmp_path)
 
 
 def test_a_peer_that_dies_in_the_rollout_costs_its_lease_and_nothing_else(tmp_path: Path) -> None:

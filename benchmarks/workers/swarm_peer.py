@@ -97,10 +97,15 @@ class ConstantLearner:
         self._vector = vector
         self._watch = watch
 
-    def load(self, vector: Tensor) -> None:
+    def load(self, version: int, vector: Tensor) -> None:
         """Nothing depends on the parameters."""
 
-    def contribute(self, lease: int, start: int, count: int, cancelled: threading.Event) -> LearnedContribution:
+    def load_reference(self, vector: Tensor | None) -> None:
+        raise AssertionError("the run has no reference")
+
+    def contribute(
+        self, lease: int, start: int, count: int, wanted: int, cancelled: threading.Event
+    ) -> LearnedContribution:
         self._watch.learned()
         return LearnedContribution(
             vector=self._vector,
@@ -112,6 +117,9 @@ class ConstantLearner:
             num_tokens=0,
             seconds={},
         )
+
+    def contribute_again(self, lease: int, iteration: int, cancelled: threading.Event) -> LearnedContribution | None:
+        raise AssertionError("the run has one iteration")
 
     def evaluate(self, cancelled: threading.Event) -> Evaluation:
         raise AssertionError("the run has nothing to evaluate")

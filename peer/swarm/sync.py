@@ -1,4 +1,4 @@
-"""Catching up: the chain from the coordinator or any peer, the newest anchor, and the updates since."""
+"""Catching up: the chain from the coordinator or any peer, the newest anchor, the updates since, and the reference."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -55,7 +55,9 @@ class Synchroniser:
         raise RemoteError(f"version {self._versions.chain.height} cannot be had from anyone now: {reason}")
 
     async def fetch(self, ref: BlobRef, also: Sequence[str] = ()) -> None:
-        """Get one blob from the peers that may have it, the coordinator last."""
+        """Get one blob from the peers that may have it, the coordinator last, unless it is here."""
+        if self._versions.store.has(ref):
+            return
         holders = [*also, *self._directory.known()]
         holders = [peer for peer in dict.fromkeys(holders) if peer not in (self._coordinator, self._transport.peer_id)]
         found = await asyncio.gather(*map(self._is_reached, holders[:MAX_ASKED]))
@@ -101,6 +103,10 @@ class Synchroniser:
             for ref in versions.span_refs(following):
                 await self.fetch(ref, self._roster(following))
             await self._on_worker(versions.replay_next)
+        reference = versions.missing_reference()
+        if reference is not None:
+            await self.fetch(ref_of(versions.chain.entries[reference].manifest.message.state), self._roster(reference))
+            await self._on_worker(versions.load_reference, reference)
 
     async def _on_worker(self, function: Callable[..., None], *args: int) -> None:
         """On the one thread that changes versions."""

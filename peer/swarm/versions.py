@@ -6,7 +6,9 @@ Everything kept is content-addressed: anchors by their state root, spans by thei
 from collections.abc import Sequence
 from pathlib import Path
 
-from hivegrpo.peer.learn.genesis import genesis_parameters
+from torch import Tensor
+
+from hivegrpo.peer.learn.genesis import version_zero
 from hivegrpo.peer.learn.step import PolicyState, state_bytes, state_from_bytes
 from hivegrpo.peer.swarm.replay import replay
 from hivegrpo.protocol import hivegrpo_pb2 as pb
@@ -15,11 +17,11 @@ from hivegrpo.protocol.blobstream import BlobStore
 from hivegrpo.protocol.chain import Entry
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.config import RunConfig
-from hivegrpo.protocol.errors import ChainError, StaleError
+from hivegrpo.protocol.errors import ChainError, CommitmentError, StaleError
 from hivegrpo.protocol.files import write_whole
 
 KEPT_ANCHORS = 2
-"""Anchors kept on disk beside version 0, which is made from the seed."""
+"""Newest anchors kept on disk, beside the KL reference; version 0 is made from the seed."""
 
 
 def ref_of(blob: pb.Blob) -> BlobRef:
@@ -30,15 +32,23 @@ def ref_of(blob: pb.Blob) -> BlobRef:
 class Versions:
     """Chain and state. `version` is the state's; it lags behind `chain.height` only while synchronising."""
 
-    def __init__(self, home: Path, chainfile: ChainFile, store: BlobStore, config: RunConfig) -> None:
+    def __init__(
+        self, home: Path, chainfile: ChainFile, store: BlobStore, config: RunConfig, base: Path | None = None
+    ) -> None:
+        """`base` is the folder of the base model, which only a run that trains every parameter needs for version 0."""
         self.chain = chainfile.chain
         self.store = store
         self._home = home
         self._chainfile = chainfile
         self._config = config
         self._layout = [(tensor.name, tuple(tensor.shape)) for tensor in self.chain.manifest.message.layout]
-        self.state: PolicyState = PolicyState.initial(genesis_parameters(self._layout, config.run.seed))
+        self.state: PolicyState = PolicyState.initial(version_zero(self._layout, config, base))
         self.version = 0
+        self.reference: Tensor | None = None
+        """Parameters of the KL reference; None for version 0, which is the base, and if the run has no reference."""
+        self.reference_version = 0
+        self._kept: set[int] = set()
+        """Versions whose whole state is in the store."""
         self._pending: list[BlobRef] = []
         self.state_root = blob_root(state_bytes(self.state))
         self._restore()
@@ -72,7 +82,7 @@ class Versions:
     def adopt(self, version: int, shadow: PolicyState, root: bytes) -> None:
         """Make `shadow` the current state, if the chain says that it is `version`; ChainError if its root differs.
 
-        The state is on disk before this returns, if it is an anchor.
+        The state is on disk before this returns, if it is an anchor; if it is a KL reference, it is taken as one.
         """
         manifest = self.chain.entries[version].manifest.message
         if root != manifest.state.root:
@@ -86,6 +96,9 @@ class Versions:
         self.state, self.version, self.state_root = shadow, version, root
         if version > 0 and self.is_anchor(version):
             self.store.add_bytes(state_bytes(shadow))
+            self._kept.add(version)
+        if version == self._reference_at(version) > 0:
+            self.reference, self.reference_version = shadow.parameters.clone(), version
         self._prune()
 
     def load_anchor(self, version: int) -> None:
@@ -94,9 +107,26 @@ class Versions:
         state = state_from_bytes(self.store.read(ref), self.values)
         self.adopt(version, state, blob_root(state_bytes(state)))
 
+    def missing_reference(self) -> int | None:
+        """The version that is the KL reference at the state's version, if its parameters are not here yet."""
+        wanted = self._reference_at(self.version)
+        return wanted if wanted != self.reference_version else None
+
+    def load_reference(self, version: int) -> None:
+        """Take the KL reference from its state in the store; CommitmentError if that is damaged, and it is removed."""
+        ref = ref_of(self.chain.entries[version].manifest.message.state)
+        data = self.store.read(ref)
+        if blob_root(data) != ref.root:
+            self.store.remove(ref.root)
+            raise CommitmentError(f"the state of reference version {version} was damaged in this home")
+        self.reference, self.reference_version = state_from_bytes(data, self.values).parameters.clone(), version
+        self._kept.add(version)
+        self._prune()
+
     def is_anchor(self, version: int) -> bool:
-        """Whether peers keep the whole state of that version."""
-        return version % self._config.distribution.anchor_every == 0 or version == self._config.run.versions
+        """Whether peers keep the whole state of that version: every so often, of the last, and of KL references."""
+        regular = version % self._config.distribution.anchor_every == 0 or version == self._config.run.versions
+        return regular or version == self._reference_at(version)
 
     def newest_anchor(self) -> int:
         """The newest anchor in the chain; version 0 counts as one."""
@@ -117,10 +147,10 @@ class Versions:
 
     def _restore(self) -> None:
         """The newest state that this home's own files give."""
-        for version in range(self.chain.height, 0, -1):
-            if self.store.has(ref_of(self.chain.entries[version].manifest.message.state)):
-                self.load_anchor(version)
-                break
+        states = [ref_of(entry.manifest.message.state) for entry in self.chain.entries]
+        self._kept = {version for version in range(1, len(states)) if self.store.has(states[version])}
+        if self._kept:
+            self.load_anchor(max(self._kept))
         while self.version < self.chain.height and all(map(self.store.has, self.span_refs(self.version + 1))):
             self.replay_next()
 
@@ -132,15 +162,22 @@ class Versions:
         self._pending = []
 
     def _prune(self) -> None:
-        """Forget spans beyond `keep_versions` and anchors beyond the newest few."""
+        """Forget spans beyond `keep_versions`, and states beyond the newest few and the KL reference."""
         entries = self.chain.entries
         old = self.version - self._config.distribution.keep_versions
         if 0 < old < len(entries):
             for ref in self.span_refs(old):
                 self.store.remove(ref.root)
-        anchors = [version for version in range(1, self.version + 1) if self.is_anchor(version)]
-        for version in anchors[:-KEPT_ANCHORS]:
+        spared = {self._reference_at(self.version), *sorted(self._kept)[-KEPT_ANCHORS:]}
+        for version in self._kept - spared:
             self.store.remove(entries[version].manifest.message.state.root)
+        self._kept &= spared
+
+    def _reference_at(self, version: int) -> int:
+        """The KL reference of what is sampled under a version; 0 if the run has none."""
+        if self._config.grpo.beta == 0.0 or version >= len(self.chain.entries):
+            return 0
+        return int(self.chain.entries[version].manifest.message.reference_version)
 
     def _keep_evidence(self, version: int, root: bytes) -> None:
         folder = self._home / "evidence"

@@ -1,8 +1,9 @@
 """Runs without a model: one LoRA tensor pair of a chosen size, and learners whose gradients come from integers."""
 
+import asyncio
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ WIDTH = 8
 NONCE = bytes(16)
 KEPT_VERSIONS = 1000
 """More than any test makes: so every span can be recomputed at its end."""
+
+
+GATE_SECONDS = 60.0
+"""After which a held learner fails."""
 
 
 def small_config(**sections: dict[str, Any]) -> RunConfig:
@@ -58,35 +63,103 @@ def signed_run(coordinator: Identity, config: RunConfig, values: int = 40_000, r
     return sign_payload(coordinator, run_id_of(payload), "RunManifest", payload)
 
 
-def vector_of(lease: int, values: int) -> torch.Tensor:
-    """A gradient that depends on the lease alone: small integers over 1024, exact in fp32."""
-    seed = int.from_bytes(hashlib.sha256(str(lease).encode()).digest()[:4], "big")
+def vector_of(lease: int, values: int, iteration: int = 0) -> torch.Tensor:
+    """A gradient that depends on lease and iteration alone: small integers over 1024, exact in fp32."""
+    name = f"{lease}.{iteration}" if iteration else str(lease)
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
     return ((torch.arange(values, dtype=torch.int64) * 2_654_435_761 + seed) % 2048 - 1024).float() / 1024
 
 
-class IntegerLearner:
-    """Uses every prompt of its lease, and takes `vector_of` for a gradient. `before` runs on the worker thread."""
+class Gate:
+    """Holds a learner, on its thread, at one of its gradients until the test lets it go."""
 
-    def __init__(self, values: int, before: Callable[[int], None] | None = None) -> None:
+    def __init__(self, at: int) -> None:
+        self.reached = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._open = threading.Event()
+        self._left = at
+
+    def __call__(self, lease: int) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self._loop.call_soon_threadsafe(self.reached.set)
+            assert self._open.wait(GATE_SECONDS)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+Split = tuple[Sequence[int], Sequence[int], Sequence[int]]
+"""Offsets of a lease that are used, dropped and returned."""
+
+
+def use_what_is_wanted(count: int, wanted: int) -> Split:
+    return range(wanted), (), range(wanted, count)
+
+
+class IntegerLearner:
+    """Uses what `split` says of its lease, and takes `vector_of` for a gradient. `before` runs on the worker thread."""
+
+    def __init__(
+        self,
+        values: int,
+        before: Callable[[int], None] | None = None,
+        split: Callable[[int, int], Split] = use_what_is_wanted,
+    ) -> None:
         self.values = values
         self.before = before
+        self.split = split
         self.loaded = torch.zeros(0)
+        self.references: list[torch.Tensor | None] = []
+        """All that were loaded, in turn; it begins with the base."""
+        self.used: list[tuple[int, torch.Tensor | None]] = []
+        """Of each gradient: the version it was taken at, and the reference."""
+        self.rollouts: dict[int, tuple[int, ...]] = {}
+        """Offsets used, by lease."""
 
-    def load(self, vector: torch.Tensor) -> None:
-        self.loaded = vector.clone()
+    def load(self, version: int, vector: torch.Tensor) -> None:
+        self.version, self.loaded = version, vector.clone()
 
-    def contribute(self, lease: int, start: int, count: int, cancelled: threading.Event) -> LearnedContribution:
+    def load_reference(self, vector: torch.Tensor | None) -> None:
+        self.references.append(None if vector is None else vector.clone())
+
+    def contribute(
+        self, lease: int, start: int, count: int, wanted: int, cancelled: threading.Event
+    ) -> LearnedContribution:
         if self.before is not None:
             self.before(lease)
+        used, dropped, returned = map(tuple, self.split(count, wanted))
+        self.rollouts = {lease: used}
+        metrics = {"reward": 0.5, "num_tokens": 10.0 * len(used), "groups/dropped": float(len(dropped))}
+        return self._contribution(lease, 0, used, dropped, returned, metrics)
+
+    def contribute_again(self, lease: int, iteration: int, cancelled: threading.Event) -> LearnedContribution | None:
+        if self.before is not None:
+            self.before(lease)
+        if lease not in self.rollouts:
+            return None
+        return self._contribution(lease, iteration, self.rollouts[lease], (), (), {"entropy": 0.5})
+
+    def _contribution(
+        self,
+        lease: int,
+        iteration: int,
+        used: tuple[int, ...],
+        dropped: tuple[int, ...],
+        returned: tuple[int, ...],
+        metrics: dict[str, float],
+    ) -> LearnedContribution:
+        self.used.append((self.version, self.references[-1] if self.references else None))
         return LearnedContribution(
-            vector=vector_of(lease, self.values),
-            weight=4 * count,
-            used=tuple(range(count)),
-            dropped=(),
-            returned=(),
-            metrics={"reward": 0.5, "num_tokens": 10.0 * count},
-            num_tokens=10 * count,
+            vector=vector_of(lease, self.values, iteration) if used else torch.zeros(self.values),
+            weight=4 * len(used),
+            used=used,
+            dropped=dropped,
+            returned=returned,
+            metrics=metrics,
+            num_tokens=10 * len(used),
             seconds={"rollout": 0.001, "gradient": 0.001},
+            note="" if used else "all rewards are equal",
         )
 
     def evaluate(self, cancelled: threading.Event) -> Evaluation:

@@ -13,8 +13,8 @@ from hivegrpo.coordinator.log import LOG_FILE, EventLog
 from hivegrpo.coordinator.service import Coordinator
 from hivegrpo.coordinator.state import State
 from hivegrpo.peer.daemon import work_in_run
+from hivegrpo.peer.desk import Learns
 from hivegrpo.peer.home import PeerHome
-from hivegrpo.peer.volunteer import Learns
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobstream import BlobStore
 from hivegrpo.protocol.chainfile import ChainFile

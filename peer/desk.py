@@ -1,0 +1,114 @@
+"""A lease, worked on: from its positions to a committed contribution (steps 2 to 4 of a round)."""
+
+import threading
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+from torch import Tensor
+
+from hivegrpo.peer.floats import NonFiniteError
+from hivegrpo.peer.learn.evaluation import Evaluation
+from hivegrpo.peer.learn.learner import LearnedContribution
+from hivegrpo.peer.swarm.codecs import get_codec
+from hivegrpo.peer.swarm.contribution import ContributionStore, EncodedVector
+from hivegrpo.peer.swarm.versions import Versions
+from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.config import RunConfig
+from hivegrpo.protocol.errors import NumericsError
+
+log = structlog.get_logger(__name__)
+
+EMPTY_ROOT = bytes(32)
+
+
+class Learns(Protocol):
+    """What a peer asks of the learning side (`peer.learn.learner`), on the worker thread."""
+
+    def load(self, version: int, vector: Tensor) -> None:
+        """Take over the parameters of a version."""
+
+    def load_reference(self, vector: Tensor | None) -> None:
+        """Take over the parameters of the KL reference; None for the base, with which it begins."""
+
+    def contribute(
+        self, lease: int, start: int, count: int, wanted: int, cancelled: threading.Event
+    ) -> LearnedContribution:
+        """Sample, score and differentiate; raises Cancelled soon after the event is set."""
+
+    def contribute_again(self, lease: int, iteration: int, cancelled: threading.Event) -> LearnedContribution | None:
+        """Another gradient of the lease's rollout; None if that is gone, or too old. Raises Cancelled, too."""
+
+    def evaluate(self, cancelled: threading.Event) -> Evaluation:
+        """Accuracy on the held-out rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a lease came to."""
+
+    contribution: pb.Contribution
+    encoded: EncodedVector | None = None
+    """None if it has no weight."""
+    note: str = ""
+    """Why there was nothing to learn, in one line."""
+
+
+class LeaseDesk:
+    """Works on the worker thread, on one lease at a time."""
+
+    def __init__(
+        self, config: RunConfig, learner: Learns, versions: Versions, contributions: ContributionStore
+    ) -> None:
+        self.speed = 0.0
+        """Tokens a second, of the last lease that was sampled."""
+        self._learner = learner
+        self._versions = versions
+        self._contributions = contributions
+        self._codec = get_codec(config.averaging.codec)
+        self._loaded_reference = 0
+
+    def work(self, lease: pb.Lease, parameters: Tensor, cancelled: threading.Event) -> Work:
+        """The contribution and, unless it is empty, its vector, which is on disk by then."""
+        self._load(lease.version, parameters)
+        contribution = pb.Contribution(
+            lease=lease.id, iteration=lease.iteration, version=lease.version, root=EMPTY_ROOT
+        )
+        metrics = contribution.metrics
+        if lease.evaluate:
+            metrics["eval/accuracy"] = self._learner.evaluate(cancelled).accuracy
+        try:
+            if lease.iteration:
+                learned = self._learner.contribute_again(lease.id, lease.iteration, cancelled)
+            else:
+                learned = self._learner.contribute(lease.id, lease.start, lease.count, lease.wanted, cancelled)
+            if learned is None:
+                return Work(contribution, note=f"the rollout of lease {lease.id} is not here any more, or is too old")
+            encoded = EncodedVector.encode(self._codec, learned.vector)
+        except (NonFiniteError, NumericsError) as error:
+            log.error("a gradient is not finite; its prompts are dropped", lease=lease.id, reason=str(error))
+            contribution.dropped.extend(range(lease.count) if lease.iteration == 0 else ())
+            return Work(contribution)
+        if learned.num_tokens:
+            self.speed = learned.num_tokens / max(sum(learned.seconds.values()), 1e-9)
+        metrics.update(learned.metrics | {f"seconds/{name}": seconds for name, seconds in learned.seconds.items()})
+        contribution.MergeFrom(
+            pb.Contribution(
+                used=learned.used,
+                dropped=learned.dropped,
+                returned=learned.returned,
+                weight=learned.weight,
+                root=encoded.root,
+            )
+        )
+        if learned.weight == 0:
+            return Work(contribution, note=learned.note)
+        self._contributions.add(lease.version, encoded)
+        return Work(contribution, encoded, learned.note)
+
+    def _load(self, version: int, parameters: Tensor) -> None:
+        """The version to work under, and the KL reference if it has moved."""
+        self._learner.load(version, parameters)
+        if self._loaded_reference != self._versions.reference_version:
+            self._learner.load_reference(self._versions.reference)
+            self._loaded_reference = self._versions.reference_version
