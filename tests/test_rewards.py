@@ -1,126 +1,129 @@
 """Reward functions: what they give, and how they are found."""
 
-import json
-import math
-import re
+import random
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from decimal import Decimal
-from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.scorers import install
 
-from hivegrpo.peer.rewards import registry
+from hivegrpo.peer.rewards.base import Reward, Score, checked, text_of
 from hivegrpo.peer.rewards.exact import exact_match
-from hivegrpo.peer.rewards.gsm8k import final_number, gsm8k_answer
-from hivegrpo.peer.rewards.registry import Reward, find_rewards, reward_versions
+from hivegrpo.peer.rewards.formats import format_tags
+from hivegrpo.peer.rewards.lengths import length_penalty, soft_overlong_punishment
+from hivegrpo.peer.rewards.registry import BUILT_IN, find_rewards, installed, load_function, reward_versions
+from hivegrpo.peer.rewards.repetition import repetition_penalty
 from hivegrpo.protocol.errors import ConfigError
 
-GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "test.jsonl"
-
-SOLUTIONS = [
-    "She has 16 - 3 - 4 = <<16-3-4=9>>9 eggs.\nShe makes 9 * 2 = $<<9*2=18>>18 a day.\n#### 18",
-    "It takes 2/2=<<2/2=1>>1 bolt.\nSo that is 2+1=<<2+1=3>>3 bolts.\n#### 3",
-    "The value rose by 80,000*1.5=<<80000*1.5=120000>>120,000.\n#### 70000",
-    "He runs 3*3=<<3*3=9>>9 times.\nSo 9*60=<<9*60=540>>540 metres.\n#### 540",
-    "It costs 5*.6=$<<5*.6=3>>3 each.\n#### 64",
-    "That is 1,500,000 in all.\n#### 1,500,000",
-    "He owes 20 and has 5.\nSo he is at 5-20=<<5-20=-15>>-15.\n#### -15",
-    "Half of 5 is 5/2=<<5/2=2.5>>2.5.\n#### 2.5",
-    "Nothing is left: 4-4=<<4-4=0>>0.\n#### 0",
-    "12 dozen are 12*12=<<12*12=144>>144.\n#### 144",
-    "2 weeks have 2*7=<<2*7=14>>14 days.\n#### 14",
-    "30% of 90 is <<30*90/100=27>>27.\n#### 27",
-]
-
-FORMS: dict[str, Callable[[Decimal], str]] = {
-    "marker": lambda number: f"First 7, then 12.\n#### {number:,}",
-    "prefix": lambda number: f"First 7, then 12.\nA: {number}",
-    "boxed": lambda number: f"First 7, then 12: \\boxed{{{number}}}",
-    "sentence": lambda number: f"First 7, then 12. The answer is ${number:,.2f}.",
-    "bare": lambda number: f"First 7, then 12.\n{number}",
-}
-
-
-def solutions() -> list[str]:
-    """The benchmark's test set where it lies beside the repository, else a dozen rows of its form."""
-    if not GSM8K.exists():
-        return SOLUTIONS
-    return [json.loads(line)["answer"] for line in GSM8K.read_text(encoding="utf-8").splitlines()]
-
-
-def reference_answer(solution: str) -> Decimal:
-    """The number after the marker, read as the benchmark's authors read it."""
-    found = re.search(r"#### (-?[0-9.,]+)", solution)
-    assert found is not None
-    return Decimal(found[1].replace(",", ""))
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_gsm8k_gives_one_to_gold_in_each_form_and_zero_to_another_number(form: str) -> None:
-    gold = solutions()
-    numbers = [reference_answer(solution) for solution in gold]
-    right = [FORMS[form](number) for number in numbers]
-    wrong = [FORMS[form](number + 1) for number in numbers]
-    assert gsm8k_answer(completions=right, answer=gold) == [1.0] * len(gold)
-    assert gsm8k_answer(completions=wrong, answer=gold) == [0.0] * len(gold)
-
-
-def test_gsm8k_gives_one_to_the_gold_solution_itself() -> None:
-    gold = solutions()
-    assert gsm8k_answer(completions=gold, answer=gold) == [1.0] * len(gold)
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("#### 18\nQuestion: how many?\n#### 5", "18"),  # the first marker: what follows is another problem
-        ("#### about 18 eggs in 3 days", "18"),
-        ("7-5", "5"),  # no minus 5
-        ("it falls to -5", "-5"),
-        ("-$1,234.50", "-1234.50"),
-        ("16, 18", "18"),
-        ("1,2345", "2345"),
-        ("18.", "18"),
-        ("9" * 32, "9" * 32),
-    ],
-)
-def test_final_number(text: str, number: str) -> None:
-    assert final_number(text) == Decimal(number)
-
-
-@pytest.mark.parametrize("text", ["", "none", "12 ####", "٣٤٥", "¹²", "9" * 33, "1" + ",000" * 20])
-def test_no_final_number(text: str) -> None:
-    assert final_number(text) is None
-
-
-def test_gsm8k_skips_an_answer_without_a_number() -> None:
-    assert gsm8k_answer(completions=["", "3"], answer=["none", "3"]) == [None, 1.0]
-
-
-@pytest.mark.parametrize("text", ["9", "1,", "(", "- ", "-", "$", "1,000", ",111", "####", "9.", "\\boxed{"])
-def test_gsm8k_takes_time_proportional_to_a_long_completion(text: str) -> None:
-    """A megabyte in well under the 5 s that even mild backtracking would need many times over."""
-    begin = time.process_time()
-    gsm8k_answer(completions=[text * (1_000_000 // len(text))], answer=["1"])
-    assert time.process_time() - begin < 5
+GOOD = "<think>\n2 + 2\n</think>\n <answer>4</answer>"
 
 
 def test_exact_match_ignores_only_white_space_around() -> None:
-    scores = exact_match(completions=[" 12\n", "12.", "1 2", "7"], answer=["12", "12", "12", 7])
-    assert scores == [1.0, 0.0, 0.0, 1.0]
+    message = [{"role": "assistant", "content": "12 "}]
+    scores = exact_match(completions=[" 12\n", "12.", "1 2", "7", message], answer=["12", "12", "12", 7, "12"])
+    assert scores == [1.0, 0.0, 0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        (GOOD, 1.0),
+        (f"  {GOOD}\n", 1.0),
+        ("<think></think><answer></answer>", 1.0),
+        ("<think>a<b></think><answer>x < y > z</answer>", 1.0),
+        (f"So: {GOOD}", 0.0),
+        (f"{GOOD} done", 0.0),
+        (f"{GOOD}{GOOD}", 0.0),
+        ("<think>a</think> then <answer>4</answer>", 0.0),
+        ("<answer>4</answer><think>a</think>", 0.0),
+        ("<think>a<answer>4</answer></think>", 0.0),
+        ("<think><think>a</think><answer>4</answer>", 0.0),
+        ("<think>a</think><answer>4</answer></answer>", 0.0),
+        ("<think>a<answer>4</answer>", 0.0),
+        ("<THINK>a</THINK><answer>4</answer>", 0.0),
+        ("</think><think><answer>4</answer>", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_format_tags(text: str, score: float) -> None:
+    message = [{"role": "assistant", "content": text}]
+    assert format_tags(completions=[text, message]) == [score, score]
+
+
+def test_format_tags_of_other_names() -> None:
+    scores = format_tags(completions=["<a>x</a><b-2>y</b-2>", GOOD], think_tag="a", answer_tag="b-2")
+    assert scores == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("text", ["<think>", "</think>", "<answer>", "<", " ", "<think></think>", "a"])
+def test_format_tags_takes_time_proportional_to_a_long_completion(text: str) -> None:
+    """A megabyte takes some milliseconds; mild backtracking would take many times the second."""
+    begin = time.process_time()
+    format_tags(completions=[f"<think>{text * (1_000_000 // len(text))}</answer>"])
+    assert time.process_time() - begin < 1.0
+
+
+def test_length_penalty() -> None:
+    ids = [[1] * length for length in (0, 1, 5, 10, 11)]
+    assert length_penalty(completion_ids=ids, max_length=10) == [0.0, -0.1, -0.5, -1.0, -1.0]
+
+
+def test_soft_overlong_punishment() -> None:
+    """Free up to 100 - 20 tokens, then a twentieth for each token, -1 at 100 and beyond."""
+    ids = [[1] * length for length in (0, 80, 81, 90, 100, 101)]
+    scores = soft_overlong_punishment(completion_ids=ids, max_completion_len=100, soft_punish_cache=20)
+    assert scores == [0.0, 0.0, -0.05, -0.5, -1.0, -1.0]
+    assert soft_overlong_punishment(completion_ids=ids, max_completion_len=100, soft_punish_cache=0)[-2:] == [0.0, -1.0]
+
+
+def test_repetition_penalty() -> None:
+    """[5, 5, 5, 5] has two 3-grams, one of them distinct; [1, 2, 1, 2, 1] three, two of them distinct."""
+    ids = [[], [1, 2], [1, 2, 3, 4], [5, 5, 5, 5], [1, 2, 1, 2, 1]]
+    assert repetition_penalty(completion_ids=ids) == [0.0, 0.0, 0.0, -0.5, pytest.approx(-1 / 3, abs=1e-15)]
+    assert repetition_penalty(completion_ids=[[1, 1, 2, 2]], ngram_size=1, max_penalty=-2.0) == [-1.0]
+
+
+@pytest.mark.parity
+def test_penalties_equal_trl_s() -> None:
+    from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment
+
+    draw = random.Random(0)
+    ids = [[draw.randrange(4) for _ in range(length)] for length in range(60)]
+    for size, most in ((1, -1.0), (2, -0.3), (3, -1.0), (5, -7.0), (3, 0.0)):
+        ours = repetition_penalty(completion_ids=ids, ngram_size=size, max_penalty=most)
+        assert ours == get_repetition_penalty_reward(size, most)(ids)
+    for longest, cache in ((50, 20), (50, 50), (50, 0), (30, 7)):
+        lengths = {"max_completion_len": longest, "soft_punish_cache": cache}
+        ours = soft_overlong_punishment(completion_ids=ids, **lengths)
+        assert ours == get_soft_overlong_punishment(**lengths)(ids)
 
 
 def test_rewards_are_found_by_name_with_their_versions() -> None:
     rewards = find_rewards(["gsm8k_answer", "exact_match"])
     assert [reward.name for reward in rewards] == ["gsm8k_answer", "exact_match"]
-    assert reward_versions(rewards) == {"gsm8k_answer": 1, "exact_match": 1}
+    assert reward_versions(rewards) == {"gsm8k_answer": 2, "exact_match": 1}
+
+
+def test_built_in_functions_are_of_the_name_they_are_found_by() -> None:
+    assert {name: reward.name for name, reward in BUILT_IN.items()} == {name: name for name in BUILT_IN}
+    assert [load_function(name).__name__ for name in BUILT_IN] == list(BUILT_IN)
+
+
+def test_naming_a_reward_imports_nothing_slow() -> None:
+    code = (
+        "import sys\nfrom hivegrpo.peer.rewards.registry import find_rewards\n"
+        "find_rewards(['math_verify', 'exact_match'])\n"
+        "assert not {'sympy', 'torch', 'numpy', 'math_verify'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_unknown_reward_names_those_installed_and_the_way_to_install() -> None:
-    with pytest.raises(ConfigError, match=r"exact_match, gsm8k_answer.*hivegrpo\.rewards"):
+    with pytest.raises(ConfigError, match=r"exact_match, format_tags.*reasoning_gym:TASK.*hivegrpo\.rewards"):
         find_rewards(["no_such_reward"])
 
 
@@ -129,40 +132,118 @@ def test_a_name_is_never_an_import_path() -> None:
         find_rewards(["os.path:exists"])
 
 
-def constant(*, completions: list[str], **_: Any) -> list[float | None]:
-    return [0.5 for _ in completions]
+def test_an_installed_package_offers_a_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch, scaled="support.scorers:scaled", plain="support.scorers:count")
+    scaled, plain = find_rewards(["scaled", "plain"], {"scaled": {"scale": 2}})
+    assert (scaled.version, scaled.isolated, scaled.batched, scaled.options) == (7, True, True, {"scale": 2})
+    assert plain.version == 1
+    assert {"scaled", "plain"} <= set(installed())
 
 
-constant.version = 3  # type: ignore[attr-defined]  # as an installed package would
+def test_a_package_that_cannot_be_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch, broken="support.no_such_module:f")
+    with pytest.raises(ConfigError, match=r'"broken" cannot be loaded: ModuleNotFoundError.*update the package'):
+        find_rewards(["broken"])
 
 
-def test_an_installed_package_offers_a_reward(monkeypatch: pytest.MonkeyPatch) -> None:
-    point = EntryPoint("constant", "somewhere:constant", registry.GROUP)
-    monkeypatch.setattr(EntryPoint, "load", lambda self: constant)
-    monkeypatch.setattr(registry, "entry_points", lambda group: EntryPoints([point]).select(group=group))
-    (reward,) = find_rewards(["constant"])
-    assert (reward.name, reward.version) == ("constant", 3)
-    assert reward.score(["p"], ["c"], [[1]], {}) == [0.5]
+def test_a_package_cannot_take_the_place_of_a_built_in_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, monkeypatch, exact_match="support.scorers:count")
+    (reward,) = find_rewards(["exact_match"])
+    assert reward.function is exact_match
+    assert load_function("exact_match") is exact_match
 
 
-def test_scores_that_are_none_or_no_number_count_as_missing() -> None:
-    odd = Reward("odd", 1, lambda **_: [1, None, math.inf, math.nan])
-    scores = odd.score(["p"] * 4, ["c"] * 4, [[1]] * 4, {})
-    assert scores[0] == 1.0
-    assert all(map(math.isnan, scores[1:]))
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("length_penalty", {}, "needs max_length. It takes max_length: int"),
+        ("soft_overlong_punishment", {"max_completion_len": 9}, "needs soft_punish_cache"),
+        ("length_penalty", {"max_length": 1.5}, "does not take max_length = 1.5"),
+        ("length_penalty", {"max_length": "9"}, "does not take max_length = '9'"),
+        ("length_penalty", {"max_length": True}, "does not take max_length = True"),
+        ("repetition_penalty", {"max_penalty": "x"}, "does not take max_penalty"),
+        ("repetition_penalty", {"ngram": 3}, "does not take ngram = 3. It takes ngram_size: int = 3, max_penalty"),
+        ("format_tags", {"completions": "x"}, "does not take completions"),
+        ("exact_match", {"_": "x"}, "does not take _"),
+        ("scaled", {}, "needs scale"),
+        ("scaled", {"scale": 1.0, "scales": 2.0}, "does not take scales"),
+        # values that the function itself refuses
+        ("length_penalty", {"max_length": 0}, "max_length is 0"),
+        ("repetition_penalty", {"ngram_size": 0}, "ngram_size is 0"),
+        ("repetition_penalty", {"max_penalty": 0.5}, "max_penalty 0.5"),
+        ("soft_overlong_punishment", {"max_completion_len": 5, "soft_punish_cache": 6}, "soft_punish_cache is 6"),
+        ("format_tags", {"think_tag": "<a>"}, '"<a>" is no name of a tag'),
+        ("format_tags", {"think_tag": "answer"}, "are the same"),
+    ],
+)
+def test_options_are_looked_at_when_the_function_is_found(
+    name: str, options: dict[str, Any], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, monkeypatch, scaled="support.scorers:scaled")
+    with pytest.raises(ConfigError) as refused:
+        find_rewards([name], {name: options})
+    assert says in str(refused.value)
 
 
-def test_too_few_scores_are_an_error() -> None:
-    with pytest.raises(ConfigError, match="1 scores for 2 completions"):
-        Reward("short", 1, lambda **_: [1.0]).score(["p"] * 2, ["c"] * 2, [[1]] * 2, {})
+def test_options_that_fit_are_kept() -> None:
+    options = {"repetition_penalty": {"max_penalty": -1}, "other": {"x": 1}}
+    first, second = find_rewards(["repetition_penalty", "exact_match"], options)
+    assert (first.options, second.options) == ({"max_penalty": -1}, {})
 
 
-def test_a_reward_gets_trl_s_keywords_and_the_columns() -> None:
-    seen: dict[str, Any] = {}
+def test_a_function_gets_the_lists_that_it_takes_and_its_options_hide_columns() -> None:
+    def picky(*, completions: list[str], answer: list[str], size: int = 1, **_: Any) -> list[float]:
+        raise AssertionError
 
-    def spy(**keywords: Any) -> list[float | None]:
-        seen.update(keywords)
-        return [0.0]
+    def greedy(*, answer: list[str], size: int = 1, **rest: Any) -> list[float]:
+        raise AssertionError
 
-    Reward("spy", 1, spy).score(["p"], ["c"], [[1, 2]], {"answer": ["a"]})
-    assert seen == {"prompts": ["p"], "completions": ["c"], "completion_ids": [[1, 2]], "answer": ["a"]}
+    lists = {name: [name] for name in ("prompts", "completions", "completion_ids", "answer", "size", "colour")}
+    assert set(Reward("picky", 1, picky).arguments(lists)) == {"completions", "answer"}
+    everything = {"prompts", "completions", "completion_ids", "answer", "colour"}
+    assert set(Reward("greedy", 1, greedy).arguments(lists)) == everything
+    assert set(Reward("greedy", 1, greedy, options={"colour": "red"}).arguments(lists)) == everything - {"colour"}
+
+
+def test_a_missing_column_is_an_error_before_the_function_is_called() -> None:
+    (reward,) = find_rewards(["exact_match"])
+    reward.require_columns(["answer", "other"])
+    with pytest.raises(ConfigError, match=r'"exact_match" needs the column answer; the dataset gives other, more\.'):
+        reward.require_columns(["prompts", "other", "more"])
+
+
+def test_text_of_a_completion() -> None:
+    assert text_of("a") == "a"
+    assert text_of([{"role": "assistant", "content": "a"}]) == "a"
+
+
+@pytest.mark.parametrize(
+    ("score", "kept"),
+    [
+        (None, None),
+        (1, 1.0),
+        (True, 1.0),
+        (-0.5, -0.5),
+        ([], None),
+        ([[0, 1], (2, -1.0)], ((0, 1.0), (2, -1.0))),
+        (((1, 0.5),), ((1, 0.5),)),
+    ],
+)
+def test_scores_that_are_kept(score: object, kept: Score) -> None:
+    assert checked(score, 3) == kept
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        *(float("nan"), float("inf"), 10**400, "1", b"1", {}, object(), 1j),
+        *([1.0], [[1]], [(0, 1.0, 2)], [(0, None)], [(0, float("nan"))], ["ab"]),
+        *([(-1, 1.0)], [(3, 1.0)], [(0.0, 1.0)], [(True, 1.0)], [("0", 1.0)]),
+        *([(1, 1.0), (0, 1.0)], [(1, 1.0), (1, 1.0)]),
+    ],
+)
+def test_scores_that_are_nonsense(score: object) -> None:
+    with pytest.raises(ValueError, match=r"^(a|steps)"):
+        checked(score, 3)
