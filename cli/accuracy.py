@@ -8,7 +8,9 @@ from hivegrpo.peer.learn.data import Prompts
 from hivegrpo.peer.learn.encoding import PromptEncoder
 from hivegrpo.peer.learn.evaluation import evaluate
 from hivegrpo.peer.materials import read_rows
+from hivegrpo.peer.rewards.pool import RewardPool
 from hivegrpo.peer.rewards.registry import find_rewards
+from hivegrpo.protocol.config import PeerConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +33,22 @@ def measure_accuracy(run: Path) -> Accuracy | None:
     )
     rows = Prompts.from_jsonl(data).rows[: config.evaluation.limit]
     encoder = PromptEncoder(trained.tokenizer, config.dataset)
-    (reward, *_) = find_rewards(config.rewards.functions)
+    first = config.rewards.functions[:1]
+    options = {name: config.rewards.options.get(name, {}) for name in first}
+    settings = PeerConfig()
+    pool = RewardPool(
+        find_rewards(first, options),
+        seconds=settings.reward_seconds,
+        memory_mib=settings.reward_memory_mib,
+        workers=settings.reward_workers,
+    )
+    with pool:
 
-    def accuracy() -> float:
-        length = config.grpo.max_completion_length
-        return evaluate(trained.policy, encoder, rows, reward, length, SAMPLING_TOKENS).accuracy
+        def accuracy() -> float:
+            length = config.grpo.max_completion_length
+            return evaluate(trained.policy, encoder, rows, pool, length, settings.sampling_tokens).accuracy
 
-    after = accuracy()
-    with trained.policy.reference():
-        before = accuracy()
+        after = accuracy()
+        with trained.policy.reference():
+            before = accuracy()
     return Accuracy(before, after, len(rows))
-
-
-SAMPLING_TOKENS = 65_536

@@ -130,6 +130,14 @@ def _layout(manifest: pb.RunManifest) -> None:
     manifest.layout[0].shape[0] += 1
 
 
+def _rows(manifest: pb.RunManifest) -> None:
+    manifest.rows += 1
+
+
+def _rows_not_sent(manifest: pb.RunManifest) -> None:
+    manifest.ClearField("dataset")
+
+
 def _code(manifest: pb.RunManifest) -> None:
     manifest.model[0].name = "modeling.py"
 
@@ -149,6 +157,8 @@ def _path(manifest: pb.RunManifest) -> None:
         (_setting, "loss_kind"),
         (_reward, "exact_match"),
         (_layout, "laid out differently"),
+        (_rows, "its manifest counts"),
+        (_rows_not_sent, "does not send the rows"),
         (_code, "modeling.py"),
         (_path, "../config.json"),
     ],

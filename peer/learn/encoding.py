@@ -1,9 +1,11 @@
 """From a row's prompt to token ids: through the tokenizer's chat template, or as plain text."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hivegrpo.peer.learn.base import require_built_in
+from hivegrpo.peer.learn.messages import Prompt
 from hivegrpo.protocol.config import DatasetSection
 from hivegrpo.protocol.errors import ConfigError
 
@@ -38,15 +40,33 @@ class PromptEncoder:
                 "Write it into prompt_template instead.",
             )
 
-    def text(self, prompt: str) -> str:
-        """What the model gets to read, as text."""
-        if not self.chat:
-            return self.prompt_template.replace("{prompt}", prompt) if self.prompt_template else prompt
-        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt is not None else []
-        messages = [*system, {"role": "user", "content": prompt}]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    def check(self, prompts: Iterable[Prompt]) -> None:
+        """ConfigError if one of them cannot become what the model reads."""
+        for prompt in prompts:
+            self.text(prompt)
 
-    def encode(self, prompt: str) -> list[int]:
+    def text(self, prompt: Prompt) -> str:
+        """What the model gets to read, as text.
+
+        The system prompt comes first unless the prompt has its own. ConfigError for messages where there is no chat
+        template, and for a prompt that the chat template refuses.
+        """
+        if not self.chat:
+            return self._plain(prompt)
+        from jinja2.exceptions import TemplateError
+
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if self.system_prompt is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:
+            raise ConfigError(
+                f"The model's chat template refuses a prompt: {error}.",
+                "Leave out system_prompt or the messages that it does not know, or choose another model.",
+            ) from None
+
+    def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. A chat template writes its own special tokens; plain text gets the tokenizer's."""
         ids: list[int] = self.tokenizer(self.text(prompt), add_special_tokens=not self.chat)["input_ids"]
         return ids
@@ -55,6 +75,24 @@ class PromptEncoder:
         """Text of completions, without special tokens."""
         texts: list[str] = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         return texts
+
+    def _plain(self, prompt: Prompt) -> str:
+        if isinstance(prompt, str):
+            return self.prompt_template.replace("{prompt}", prompt) if self.prompt_template else prompt
+        if self.prompt_template is not None:
+            raise ConfigError(
+                "[dataset] has a prompt_template, and prompts that are chat messages.",
+                "Leave prompt_template out: messages go through the model's chat template.",
+            )
+        raise ConfigError(
+            "The prompts are chat messages, but the tokenizer has no chat template to put them into.",
+            "Choose a model with a chat template, or write the prompts as strings.",
+        )
+
+
+def as_messages(prompt: Prompt, text: str) -> Prompt:
+    """A completion as rewards get it, and as TRL gives it to them: in the form of its prompt."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def end_token_ids(tokenizer: "PreTrainedTokenizerBase", generation_config: Any) -> frozenset[int]:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from hivegrpo.peer.learn.data import PROMPT
-from hivegrpo.peer.learn.encoding import PromptEncoder, end_token_ids
+from hivegrpo.peer.learn.encoding import PromptEncoder, as_messages, end_token_ids
 from hivegrpo.peer.learn.policy import Policy
 from hivegrpo.peer.learn.sampler import Sampling, sample_within
-from hivegrpo.peer.rewards.registry import Reward
+from hivegrpo.peer.rewards.pool import RewardPool
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ def evaluate(
     policy: Policy,
     encoder: PromptEncoder,
     rows: Sequence[dict[str, Any]],
-    reward: Reward,
+    pool: RewardPool,
     max_completion_length: int,
     sampling_tokens: int,
     cancelled: threading.Event | None = None,
 ) -> Evaluation:
-    """One greedy completion of each row; solved are those that the reward function gives 1 or more.
+    """One greedy completion of each row; solved are those that the pool's first reward function gives 1 or more.
 
     A prompt without a single token can't be completed, and is not solved.
     """
@@ -56,5 +56,7 @@ def evaluate(
     )
     token_ids = [completion.token_ids for completion in completions]
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != PROMPT}
-    scores = reward.score([row[PROMPT] for row in rows], encoder.decode(token_ids), token_ids, columns)
-    return Evaluation(sum(score >= 1.0 for score in scores), problems)
+    prompts = [row[PROMPT] for row in rows]
+    answers = [as_messages(prompt, text) for prompt, text in zip(prompts, encoder.decode(token_ids), strict=True)]
+    scores = pool.score(prompts, answers, token_ids, columns, cancelled)[0].scores
+    return Evaluation(sum(isinstance(score, float) and score >= 1.0 for score in scores), problems)
