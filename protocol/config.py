@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from platformdirs import user_config_path
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from hivegrpo.protocol.errors import ConfigError, MismatchError
@@ -206,11 +206,16 @@ class GrpoSection(Section):
     importance_sampling_clip_min: float | None = Field(default=None, ge=0.0)
     """Smallest correction; none if left out."""
     importance_sampling_clip_max: float | None = Field(default=3.0, gt=0.0)
-    """Largest correction."""
+    """Largest correction; 0 is no bound."""
     off_policy_mask_threshold: float | None = Field(default=None, gt=0.0)
     """Leave out sequences of negative advantage that have drifted further from their sampler; off if left out."""
     max_staleness: int = Field(default_factory=lambda values: max(1, values["num_iterations"] - 1), ge=0, le=64)
     """Versions that a rollout may lie behind the one its gradient is taken at."""
+
+    @field_validator("importance_sampling_clip_max", mode="before")
+    @classmethod
+    def _zero_is_no_bound(cls, value: Any) -> Any:
+        return None if value == 0 else value  # TOML has no null
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

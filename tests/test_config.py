@@ -166,6 +166,7 @@ def test_a_mistake_is_named_with_its_place_and_remedy(tmp_path: Path, text: str,
         ("num_iterations = 4", {"max_staleness": 3}),
         ("num_iterations = 4\nmax_staleness = 5", {"max_staleness": 5}),
         ("epsilon_high = 0.28\ndelta = 1.5", {"delta": 1.5}),
+        ("importance_sampling_clip_max = 0", {"importance_sampling_clip_max": None}),
     ],
 )
 def test_defaults_follow_from_other_settings(tmp_path: Path, settings: str, expected: dict[str, Any]) -> None:
