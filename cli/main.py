@@ -82,6 +82,23 @@ def run_peer(
 
 
 @app.command()
+def solo(
+    config: Annotated[Path, typer.Option("--config", "-c", help="run.toml: what the run is.")],
+    to: Annotated[Path | None, typer.Option(help="Write the trained model to this folder at the end.")] = None,
+    home: Annotated[Path | None, typer.Option(help="Folder of its own; one in the state folder if left out.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch; cores / peers here if left out.")] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train a run on this machine alone: try settings before others spend their time on them. Goes on after Ctrl-C."""
+    from hivegrpo.cli.launch_solo import launch
+
+    flags = {"device": device, "threads": threads}
+    launch(config, flags, home=home, to=to, as_json=as_json, verbose=verbose)
+
+
+@app.command()
 def demo(
     peers: Annotated[int, typer.Option(min=1, max=16, help="Peers to start beside the coordinator.")] = 3,
     config: Annotated[

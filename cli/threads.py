@@ -16,14 +16,14 @@ def usable_cores() -> int:
 
 
 def count_peers() -> int:
-    """Processes of `hivegrpo peer run` that this user can see."""
+    """Processes of `hivegrpo peer run` and `hivegrpo solo` that this user can see."""
     return sum(is_peer(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
 
 
 def is_peer(command: list[str]) -> bool:
-    """Whether a command line is that of a peer."""
+    """Whether a command line is that of a peer, in a swarm or alone."""
     for place in range(len(command) - 2):
         program = command[place]
         if program == "hivegrpo.cli.main" or program.rpartition("/")[2] == "hivegrpo":
-            return command[place + 1 : place + 3] == ["peer", "run"]
+            return command[place + 1 : place + 3] == ["peer", "run"] or command[place + 1] == "solo"
     return False

@@ -3,10 +3,11 @@
 import asyncio
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from support.rollouts import GROUP, LONGEST, part, random_policy, random_rollout
+from support.rollouts import GROUP, LONGEST, part, random_base, random_policy, random_rollout
 from support.runs import IntegerLearner, signed_run, small_config
 from support.swarm import Swarm
 
@@ -32,18 +33,29 @@ class PartLearner(IntegerLearner):
         self.policy, self.rollout, self.grpo = policy, rollout, grpo
         self.vectors: list[torch.Tensor] = []
 
-    def load(self, vector: torch.Tensor) -> None:
+    def load(self, version: int, vector: torch.Tensor) -> None:
         """The parameters stay those at which the one machine takes its gradient."""
 
-    def contribute(self, lease: int, start: int, count: int, cancelled: threading.Event) -> LearnedContribution:
+    def contribute(
+        self, lease: int, start: int, count: int, wanted: int, cancelled: threading.Event
+    ) -> LearnedContribution:
         mine = part(self.rollout, slice(start, start + count))
         gradient = rollout_gradient(self.policy, mine, self.grpo, micro_batch_tokens=30 + 40 * lease)
         self.vectors.append(gradient.vector)
         return LearnedContribution(gradient.vector, gradient.weight, tuple(range(count)), (), (), {}, 0, {})
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
-def test_three_peers_equal_one_machine(tmp_path: Path, loss_type: str) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": "dapo"},
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.05},
+        {"loss_type": "dr_grpo"},
+        {"loss_type": "cispo", "epsilon_high": 1.1},
+    ],
+    ids=["dapo", "grpo", "dr_grpo", "cispo"],
+)
+def test_three_peers_equal_one_machine(tmp_path: Path, settings: dict[str, Any]) -> None:
     """Bar: 1e-5 of the norm, in float32; the plain mean of the peers' gradients is further away than 1e-2."""
     config = small_config(
         run={"start_peers": 3, "versions": 1},
@@ -52,11 +64,11 @@ def test_three_peers_equal_one_machine(tmp_path: Path, loss_type: str) -> None:
             "prompts_per_round": GROUPS,
             "num_generations": GROUP,
             "max_completion_length": LONGEST,
-            "loss_type": loss_type,
             "beta": 0.04,
+            **settings,
         },
     )
-    policies = [random_policy(torch.float32) for _ in range(3)]
+    policies = [random_policy(random_base(torch.float32)) for _ in range(3)]
     values, rollout = policies[0].size, random_rollout()
     one = rollout_gradient(policies[0], part(rollout, slice(0, GROUPS)), config.grpo, 10_000).vector
     learners = [PartLearner(policy, rollout, config.grpo) for policy in policies]

@@ -40,8 +40,10 @@ class Trained:
 
     def merged(self) -> "PreTrainedModel":
         """The base model with the adapter added to its weights; uses the policy up."""
-        model = self.policy.model
-        merged: PreTrainedModel = model.unload() if self.version is None else model.merge_and_unload()
+        adapted = self.policy.adapted
+        if adapted is None:
+            return self.policy.model
+        merged: PreTrainedModel = adapted.unload() if self.version is None else adapted.merge_and_unload()
         return merged
 
     def answering(self) -> "PreTrainedModel":
@@ -51,8 +53,7 @@ class Trained:
         """
         if self.version is None or self.run.config.model.dtype == "float32":
             return self.merged()
-        beside: PreTrainedModel = self.policy.model.get_base_model()
-        return beside
+        return self.policy.model
 
 
 def load(run: str | None, revision: str, device: str = "auto") -> Trained:
@@ -69,15 +70,9 @@ def load(run: str | None, revision: str, device: str = "auto") -> Trained:
     version = None if wanted == "base" else choose(found, wanted)
     config = found.config
     folder = base_folder(found.chain.manifest.message, config, _model_store(found), found.folder / CACHE / "model")
-    policy = Policy.load(
-        folder,
-        dtype=config.model.dtype,
-        attn_implementation=config.model.attn_implementation,
-        lora=config.lora,
-        device=choose_device(device),
-    )
+    policy = Policy.load(folder, config.model, config.lora, choose_device(device))
     if version is not None:
-        policy.load_vector(policy_vector(found, version))
+        policy.load_vector(policy_vector(found, version, folder))
     return Trained(found, version, policy, load_tokenizer(folder))
 
 

@@ -1,12 +1,13 @@
 """Policy versions out of what is here: a whole state, or an older one and the updates since."""
 
 from math import prod
+from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
 
 from hivegrpo.peer.inference.locate import FETCH_HINT, LocalRun
-from hivegrpo.peer.learn.genesis import genesis_parameters
+from hivegrpo.peer.learn.genesis import version_zero
 from hivegrpo.peer.learn.step import PolicyState, state_bytes, state_from_bytes
 from hivegrpo.peer.swarm.replay import replay
 from hivegrpo.peer.swarm.versions import ref_of
@@ -56,13 +57,13 @@ def choose(run: LocalRun, revision: int | Literal["latest"]) -> int:
     return revision
 
 
-def policy_vector(run: LocalRun, version: int) -> Tensor:
-    """Flat fp32 parameters of an available version.
+def policy_vector(run: LocalRun, version: int, base: Path) -> Tensor:
+    """Flat fp32 parameters of an available version, on the base model in the folder `base`.
 
     MismatchError if a blob is damaged, or the updates do not lead to the state root that the chain names.
     """
     try:
-        state = _make(run, version)
+        state = _make(run, version, base)
     except WireError as error:
         raise MismatchError(f"Version {version} cannot be made from the run's blobs: {error}.", REPORT_HINT) from error
     if blob_root(state_bytes(state)) != run.chain.entries[version].manifest.message.state.root:
@@ -73,14 +74,14 @@ def policy_vector(run: LocalRun, version: int) -> Tensor:
     return parameters
 
 
-def _make(run: LocalRun, version: int) -> PolicyState:
+def _make(run: LocalRun, version: int, base: Path) -> PolicyState:
     """The newest state at or before a version, and the updates from there on."""
     manifests = _manifests(run)
     anchors = (number for number in range(version, 0, -1) if run.has(ref_of(manifests[number].state)))
     anchor = next(anchors, 0)
     layout = [(tensor.name, tuple(tensor.shape)) for tensor in run.chain.manifest.message.layout]
     if anchor == 0:
-        state = PolicyState.initial(genesis_parameters(layout, run.config.run.seed))
+        state = PolicyState.initial(version_zero(layout, run.config, base))
     else:
         data = run.read(ref_of(manifests[anchor].state), f"the state of version {anchor}")
         state = state_from_bytes(data, sum(prod(shape) for _, shape in layout))

@@ -3,23 +3,23 @@
 import hashlib
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from hivegrpo.peer.learn.data import PROMPT, Prompts
-from hivegrpo.peer.learn.encoding import PromptEncoder, end_token_ids, load_tokenizer
+from hivegrpo.peer.learn.collect import Collector
+from hivegrpo.peer.learn.data import Prompts
+from hivegrpo.peer.learn.encoding import PromptEncoder, load_tokenizer
 from hivegrpo.peer.learn.evaluation import Evaluation, evaluate
-from hivegrpo.peer.learn.gradient import rollout_gradient
+from hivegrpo.peer.learn.gradient import Gradient, rollout_gradient
 from hivegrpo.peer.learn.policy import Layout, Policy, choose_device
-from hivegrpo.peer.learn.rollout import Rollout, make_rollout
-from hivegrpo.peer.learn.sampler import Sampling, sample_within
+from hivegrpo.peer.learn.rollout import Rollout
+from hivegrpo.peer.rewards.pool import RewardPool
 from hivegrpo.peer.rewards.registry import find_rewards
 from hivegrpo.protocol.config import PeerConfig, RunConfig
-from hivegrpo.protocol.permutation import prompt_index
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,25 @@ class LearnedContribution:
     """0 if nothing was used."""
     used: tuple[int, ...]
     dropped: tuple[int, ...]
-    """Prompts that are empty, or longer than max_prompt_length."""
+    """Prompts that are empty, or longer than max_prompt_length, and groups that dynamic sampling replaced."""
     returned: tuple[int, ...]
-    """Prompts that others may take."""
+    """Prompts that were not looked at: others may take them."""
     metrics: dict[str, float]
     """Under TRL's names."""
     num_tokens: int
-    """Tokens of prompts and completions."""
+    """Tokens of prompts and completions that were sampled."""
     seconds: dict[str, float]
     """rollout and gradient."""
+    note: str = ""
+    """Why there was nothing to learn, in a line; empty if there was."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A rollout that is used again, and the offsets that it came from."""
+
+    used: tuple[int, ...]
+    rollout: Rollout
 
 
 class Learner:
@@ -59,9 +69,15 @@ class Learner:
         self.config, self.peer = config, peer
         self.policy, self.encoder = policy, encoder
         self.prompts, self.held_out = prompts, held_out
-        self.rewards = find_rewards(config.rewards.functions)
-        self.weights = config.rewards.weights or (1.0,) * len(self.rewards)
-        self.end_ids = end_token_ids(encoder.tokenizer, policy.model.generation_config)
+        self.pool = RewardPool(
+            find_rewards(config.rewards.functions, config.rewards.options),
+            seconds=peer.reward_seconds,
+            memory_mib=peer.reward_memory_mib,
+            workers=peer.reward_workers,
+        )
+        self.collector = Collector(config, peer, encoder, prompts, self.pool)
+        self.version = 0
+        self._kept: dict[int, Kept] = {}
 
     @classmethod
     def open(
@@ -73,51 +89,82 @@ class Learner:
             torch.set_num_threads(peer.threads)
         encoder = PromptEncoder(load_tokenizer(model), config.dataset)
         policy = Policy.load(
-            model,
-            dtype=config.model.dtype,
-            attn_implementation=config.model.attn_implementation,
-            lora=config.lora,
-            device=device,
+            model, config.model, config.lora, device, gradient_checkpointing=peer.gradient_checkpointing
         )
         return cls(config, peer, policy, encoder, prompts, held_out)
+
+    def close(self) -> None:
+        """End the processes that score."""
+        self.pool.close()
 
     @property
     def layout(self) -> Layout:
         """Names and shapes of the vector's parts."""
         return self.policy.layout
 
-    def load(self, vector: Tensor) -> None:
+    def load(self, version: int, vector: Tensor) -> None:
         """Take over the parameters of a version, (size,) float32."""
         self.policy.load_vector(vector)
+        self.version = version
 
-    def contribute(self, lease: int, start: int, count: int, cancelled: threading.Event) -> LearnedContribution:
-        """Work on the prompts at `count` positions of the run's order, from `start`: sample, score, differentiate.
+    def load_reference(self, vector: Tensor | None) -> None:
+        """Take over the parameters of the KL reference; None is version 0, the base."""
+        self.policy.load_reference(vector)
 
-        `lease` seeds the sampling. Raises Cancelled soon after the event is set.
+    def contribute(
+        self, lease: int, start: int, count: int, wanted: int, cancelled: threading.Event
+    ) -> LearnedContribution:
+        """Work on `count` positions of the run's order, from `start`: sample, score, differentiate.
+
+        At most `wanted` groups are used; the other positions are there for dynamic sampling. `lease` seeds the
+        sampling. Raises Cancelled soon after the event is set.
         """
         began = time.monotonic()
-        size, seed, grpo = len(self.prompts), self.config.run.seed, self.config.grpo
-        rows = [self.prompts.rows[prompt_index(start + offset, size, seed)] for offset in range(count)]
-        prompt_ids = [self.encoder.encode(row[PROMPT]) for row in rows]
-        used = tuple(offset for offset, ids in enumerate(prompt_ids) if 0 < len(ids) <= grpo.max_prompt_length)
-        dropped = tuple(sorted(set(range(count)) - set(used)))
-        if not used:
-            return LearnedContribution(torch.zeros(self.policy.size), 0, (), dropped, (), {}, 0, {})
-        rollout = self._rollout(
-            [rows[offset] for offset in used], [prompt_ids[offset] for offset in used], lease, cancelled
+        grpo, policy = self.config.grpo, self.policy
+        generator = torch.Generator(policy.device).manual_seed(lease_seed(self.config.run.seed, lease))
+        sampled = self.collector.collect(policy, range(start, start + count), wanted, generator, cancelled)
+        rollout = sampled.rollout(self.version)
+        seconds = {"rollout": time.monotonic() - began}
+        if rollout is None or rollout.size.weight(grpo) == 0:
+            vector, weight, metrics = torch.zeros(policy.size), 0, sampled.metrics
+        else:
+            gradient = self._first_gradient(lease, sampled.used, rollout, cancelled)
+            vector, weight, metrics = gradient.vector.float(), gradient.weight, sampled.metrics | gradient.metrics
+            seconds["gradient"] = time.monotonic() - began - seconds["rollout"]
+        used = sampled.used if weight else ()
+        return LearnedContribution(
+            vector=vector,
+            weight=weight,
+            used=used,
+            dropped=tuple(sorted(set(range(count)) - {*used, *sampled.untouched})),
+            returned=sampled.untouched,
+            metrics=metrics,
+            num_tokens=int(metrics.get("num_tokens", 0)),
+            seconds=seconds,
+            note=sampled.why_nothing(rollout),
         )
-        sampled = time.monotonic()
-        gradient = rollout_gradient(self.policy, rollout, grpo, self.peer.micro_batch_tokens, cancelled)
-        seconds = {"rollout": sampled - began, "gradient": time.monotonic() - sampled}
+
+    def contribute_again(self, lease: int, iteration: int, cancelled: threading.Event) -> LearnedContribution | None:
+        """Another gradient of the lease's rollout, at the parameters that are loaded now (num_iterations).
+
+        None if the rollout is gone, or its version is more than max_staleness behind.
+        """
+        grpo, kept = self.config.grpo, self._kept.get(lease)
+        if kept is None or self.version - kept.rollout.version > grpo.max_staleness:
+            return None
+        began = time.monotonic()
+        gradient = rollout_gradient(self.policy, kept.rollout, grpo, self.peer.micro_batch_tokens, cancelled)
+        if iteration + 1 >= grpo.num_iterations:
+            del self._kept[lease]
         return LearnedContribution(
             vector=gradient.vector.float(),
             weight=gradient.weight,
-            used=used,
-            dropped=dropped,
+            used=kept.used,
+            dropped=(),
             returned=(),
-            metrics=rollout.metrics | gradient.metrics,
-            num_tokens=int(rollout.metrics["num_tokens"]),
-            seconds=seconds,
+            metrics=gradient.metrics | {"num_completion_tokens": float(kept.rollout.size.tokens)},
+            num_tokens=0,
+            seconds={"gradient": time.monotonic() - began},
         )
 
     def evaluate(self, cancelled: threading.Event) -> Evaluation:
@@ -127,24 +174,19 @@ class Learner:
         assert self.held_out is not None
         rows = self.held_out.rows[: section.limit]
         length, tokens = self.config.grpo.max_completion_length, self.peer.sampling_tokens
-        return evaluate(self.policy, self.encoder, rows, self.rewards[0], length, tokens, cancelled)
+        return evaluate(self.policy, self.encoder, rows, self.pool, length, tokens, cancelled)
 
-    def _rollout(
-        self, rows: list[dict[str, Any]], prompt_ids: list[list[int]], lease: int, cancelled: threading.Event
-    ) -> Rollout:
+    def _first_gradient(
+        self, lease: int, used: tuple[int, ...], rollout: Rollout, cancelled: threading.Event
+    ) -> Gradient:
+        """The first gradient of a rollout, which is kept if there are to be more."""
         grpo = self.config.grpo
-        completions = sample_within(
-            self.peer.sampling_tokens,
-            self.policy.model,
-            prompt_ids,
-            grpo.num_generations,
-            Sampling(grpo.max_completion_length, grpo.temperature, grpo.top_p, grpo.top_k),
-            self.end_ids,
-            torch.Generator(self.policy.device).manual_seed(lease_seed(self.config.run.seed, lease)),
-            cancelled,
-        )
-        texts = self.encoder.decode([completion.token_ids for completion in completions])
-        return make_rollout(rows, prompt_ids, completions, texts, self.rewards, self.weights, grpo)
+        gradient = rollout_gradient(self.policy, rollout, grpo, self.peer.micro_batch_tokens, cancelled)
+        if grpo.num_iterations > 1:
+            old_logps = gradient.logps if grpo.importance_sampling_correction else None
+            # One lease is outstanding at a time: what an earlier one left is never asked for again.
+            self._kept = {lease: Kept(used, replace(rollout, old_logps=old_logps))}
+        return gradient
 
 
 def lease_seed(run_seed: int, lease: int) -> int:

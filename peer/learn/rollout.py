@@ -2,80 +2,104 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isnan
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hivegrpo.peer.learn.advantages import group_advantages, weighted_rewards
-from hivegrpo.peer.learn.data import PROMPT
+from hivegrpo.peer.learn.advantages import Advantages, advantages_of
+from hivegrpo.peer.learn.losses import Size
 from hivegrpo.peer.learn.sampler import Completion
-from hivegrpo.peer.rewards.registry import Reward
+from hivegrpo.peer.rewards.base import Score
 from hivegrpo.protocol.config import GrpoSection
+
+
+@dataclass(frozen=True)
+class Group:
+    """G completions of one prompt, and what the K reward functions say of them."""
+
+    row: dict[str, Any]
+    prompt_ids: list[int]
+    completions: list[Completion]
+    texts: list[str]
+    """The completions, as the rewards saw them."""
+    scores: list[list[Score]]
+    """K rows of G."""
 
 
 @dataclass(frozen=True)
 class Rollout:
     """B sequences; the G of a group follow each other."""
 
+    version: int
+    """Policy version that sampled."""
     prompt_ids: list[list[int]]
     """Of each sequence: each prompt comes G times."""
     completions: list[Completion]
-    texts: list[str]
-    """The completions, as the rewards saw them."""
-    rewards: Tensor
-    """(B,) float64; NaN where no function gave one."""
     advantages: Tensor
-    """(B,) float64."""
-    metrics: dict[str, float]
-    """Under TRL's names: means over the sequences, and the sum `num_tokens` of all tokens, prompts included."""
+    """(B, 1) or (B, longest completion) float64."""
+    counted: list[bool]
+    """Whether a sequence's tokens count in the loss; those that were cut may not."""
+    old_logps: list[Tensor] | None = None
+    """Of each sequence, (T,): the training pass's log-probabilities under the version that sampled, if known."""
 
     @property
-    def num_completion_tokens(self) -> int:
-        """Tokens that the loss sums over."""
-        return sum(len(completion.token_ids) for completion in self.completions)
+    def size(self) -> Size:
+        """What the loss is divided by."""
+        tokens = sum(len(c.token_ids) for c, counted in zip(self.completions, self.counted, strict=True) if counted)
+        return Size(len(self.completions), tokens)
 
 
-def make_rollout(
-    rows: Sequence[dict[str, Any]],
-    prompt_ids: Sequence[list[int]],
-    completions: list[Completion],
-    texts: list[str],
-    rewards: Sequence[Reward],
-    weights: Sequence[float],
-    grpo: GrpoSection,
-) -> Rollout:
-    """Score the G completions of each row and compare them within their groups.
-
-    rows, prompt_ids: one a group; completions, texts: G a group, in the same order.
-    """
-    copies = grpo.num_generations
-    repeated = [row for row in rows for _ in range(copies)]
-    columns = {name: [row[name] for row in repeated] for name in rows[0] if name != PROMPT}
-    prompts = [row[PROMPT] for row in repeated]
-    token_ids = [completion.token_ids for completion in completions]
-    scores = torch.tensor(
-        [reward.score(prompts, texts, token_ids, columns) for reward in rewards], dtype=torch.float64
-    ).T
-    totals = weighted_rewards(scores, weights)
-    advantages = group_advantages(totals, copies, grpo.scale_rewards)
-    all_prompt_ids = [ids for ids in prompt_ids for _ in range(copies)]
-    metrics = advantages.metrics | _length_metrics(all_prompt_ids, completions) | _score_metrics(scores, rewards)
-    return Rollout(all_prompt_ids, completions, texts, totals, advantages.values, metrics)
+def compare(groups: Sequence[Group], weights: Sequence[float], grpo: GrpoSection) -> Advantages:
+    """Advantages of all completions of some groups, in order."""
+    functions = range(len(weights))
+    scores = [[score for group in groups for score in group.scores[k]] for k in functions]
+    lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
+    return advantages_of(scores, weights, lengths, grpo.num_generations, grpo.scale_rewards)
 
 
-def _score_metrics(scores: Tensor, rewards: Sequence[Reward]) -> dict[str, float]:
-    means = scores.nanmean(dim=0).tolist()
-    return {f"rewards/{reward.name}/mean": mean for reward, mean in zip(rewards, means, strict=True) if not isnan(mean)}
+def make_rollout(groups: Sequence[Group], advantages: Tensor, version: int, grpo: GrpoSection) -> Rollout:
+    """The rollout of some groups, with advantages as `compare` gives them."""
+    completions = [completion for group in groups for completion in group.completions]
+    return Rollout(
+        version=version,
+        prompt_ids=[group.prompt_ids for group in groups for _ in group.completions],
+        completions=completions,
+        advantages=advantages,
+        counted=[c.terminated or not grpo.mask_truncated_completions for c in completions],
+    )
 
 
-def _length_metrics(prompt_ids: list[list[int]], completions: list[Completion]) -> dict[str, float]:
+def rollout_metrics(groups: Sequence[Group], names: Sequence[str], advantages: Advantages) -> dict[str, float]:
+    """Metrics of everything that was sampled, under TRL's names: counts, lengths, entropy, and rewards by function."""
+    completions = [completion for group in groups for completion in group.completions]
     lengths = [len(completion.token_ids) for completion in completions]
-    terminated = [length for length, completion in zip(lengths, completions, strict=True) if completion.terminated]
-    return {
-        "num_tokens": float(sum(map(len, prompt_ids)) + sum(lengths)),
-        "completions/mean_length": sum(lengths) / len(lengths),
-        "completions/clipped_ratio": 1.0 - len(terminated) / len(lengths),
-        "completions/mean_terminated_length": sum(terminated) / max(1, len(terminated)),
+    ended = [len(completion.token_ids) for completion in completions if completion.terminated]
+    metrics = {
+        "num_prompts": len(groups),
+        "num_completions": len(completions),
+        "num_completion_tokens": sum(lengths),
+        "num_tokens": sum(lengths) + sum(len(group.prompt_ids) * len(group.completions) for group in groups),
+        "completions/mean_length": fmean(lengths),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": 1.0 - len(ended) / len(lengths),
+        "entropy": float(torch.cat([completion.entropies for completion in completions]).double().mean()),
     }
+    if ended:
+        metrics |= {
+            "completions/mean_terminated_length": fmean(ended),
+            "completions/min_terminated_length": min(ended),
+            "completions/max_terminated_length": max(ended),
+        }
+    for k, name in enumerate(names):
+        scores = [_total(score) for group in groups for score in group.scores[k] if score is not None]
+        if scores:
+            metrics[f"rewards/{name}/mean"] = fmean(scores)
+            metrics[f"rewards/{name}/std"] = stdev(scores) if len(scores) > 1 else 0.0
+    return {name: float(value) for name, value in metrics.items()} | advantages.metrics
+
+
+def _total(score: float | Sequence[tuple[int, float]]) -> float:
+    return sum(reward for _, reward in score) if isinstance(score, Sequence) else score

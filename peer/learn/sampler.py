@@ -36,6 +36,8 @@ class Completion:
     """With the end token, if it came to one."""
     logps: Tensor
     """(T,) behaviour log-probabilities at the sampling temperature, before top_p and top_k; float32 on the CPU."""
+    entropies: Tensor
+    """(T,) of the distributions that `logps` are of, in nats; float32 on the CPU."""
     terminated: bool
     """Whether it ended by itself, and was not cut at max_completion_length."""
 
@@ -68,15 +70,15 @@ def sample(
 
     rows = len(prompts) * copies
     tokens = torch.zeros(rows, sampling.max_completion_length, dtype=torch.long, device=device)
-    logps = torch.zeros(rows, sampling.max_completion_length, device=device)
+    logps, entropies = torch.zeros(2, rows, sampling.max_completion_length, device=device)
     lengths = torch.full((rows,), sampling.max_completion_length, device=device)
     terminated = torch.zeros(rows, dtype=torch.bool, device=device)
     alive = torch.arange(rows, device=device)
     ends = torch.tensor(sorted(end_ids), dtype=torch.long, device=device)
     for place in range(sampling.max_completion_length):
         check(cancelled)
-        taken, logp = draw(logits, sampling, generator)
-        tokens[alive, place], logps[alive, place] = taken, logp
+        taken, logps[alive, place], entropies[alive, place] = draw(logits, sampling, generator)
+        tokens[alive, place] = taken
         ended = torch.isin(taken, ends)
         terminated[alive[ended]] = True
         lengths[alive[ended]] = place + 1
@@ -90,9 +92,9 @@ def sample(
         position = position + 1
         logits = _forward(model, taken.unsqueeze(1), mask, position, cache)
     return [
-        Completion(row_tokens[:length], row_logps[:length].clone(), ended)
-        for row_tokens, row_logps, length, ended in zip(
-            tokens.tolist(), logps.cpu(), lengths.tolist(), terminated.tolist(), strict=True
+        Completion(row_tokens[:length], row_logps[:length].clone(), row_entropies[:length].clone(), ended)
+        for row_tokens, row_logps, row_entropies, length, ended in zip(
+            tokens.tolist(), logps.cpu(), entropies.cpu(), lengths.tolist(), terminated.tolist(), strict=True
         )
     ]
 
@@ -117,19 +119,21 @@ def sample_within(
     return completions
 
 
-def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One token a row and its log-probability: (B, V) -> (B,), (B,).
+def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """One token a row, its log-probability, and the distribution's entropy: (B, V) -> (B,), (B,), (B,).
 
     The log-probability is that of softmax(logits / temperature) even where top_p or top_k narrow the choice: the same
     quantity as in the loss. Greedy (temperature 0) takes the most probable token, with its log-probability at 1.
     """
     logps = (logits.float() / (sampling.temperature or 1.0)).log_softmax(dim=-1)
+    probabilities = logps.exp()
     if sampling.temperature == 0.0:
         taken = logps.argmax(dim=-1, keepdim=True)
     else:
-        probabilities = narrow(logps.exp(), sampling.top_p, sampling.top_k)
-        taken = torch.multinomial(probabilities, 1, generator=generator)
-    return taken.squeeze(1), logps.gather(1, taken).squeeze(1)
+        narrowed = narrow(probabilities, sampling.top_p, sampling.top_k)
+        taken = torch.multinomial(narrowed, 1, generator=generator)
+    entropies = torch.special.entr(probabilities).sum(dim=-1)
+    return taken.squeeze(1), logps.gather(1, taken).squeeze(1), entropies
 
 
 def narrow(probabilities: Tensor, top_p: float, top_k: int) -> Tensor:

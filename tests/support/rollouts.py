@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from hivegrpo.peer.learn.policy import Policy
@@ -20,8 +20,8 @@ LONGEST = 3 + GROUPS
 """No completion is longer, tokens."""
 
 
-def random_policy(dtype: torch.dtype) -> Policy:
-    """A random Qwen2 with an adapter in which nothing is zero."""
+def random_base(dtype: torch.dtype, *, tied: bool = False) -> PreTrainedModel:
+    """A random Qwen2, which computes in the given precision throughout; tied: embeddings are the head's weight."""
     config = Qwen2Config(
         vocab_size=VOCABULARY,
         hidden_size=16,
@@ -30,16 +30,23 @@ def random_policy(dtype: torch.dtype) -> Policy:
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=64,
+        tie_word_embeddings=tied,
     )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, Qwen2RMSNorm):  # it computes in float32 whatever its dtype; torch's does not
                 setattr(module, name, nn.RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype))
-    policy = Policy(model, LoraSection(r=4, alpha=8))
+    return model
+
+
+def random_policy(base: PreTrainedModel, *, full: bool = False, gradient_checkpointing: bool = False) -> Policy:
+    """A policy with an adapter in which nothing is zero; if `full`, one whose own parameters are all off the base's."""
+    policy = Policy(base, None if full else LoraSection(r=4, alpha=8), gradient_checkpointing=gradient_checkpointing)
     generator = torch.Generator().manual_seed(1)
-    policy.load_vector(0.3 * torch.randn(policy.size, generator=generator, dtype=torch.float64))
+    noise = torch.randn(policy.size, generator=generator, dtype=torch.float64)
+    policy.load_vector(policy.flatten().double() + 0.05 * noise if full else 0.3 * noise)
     return policy
 
 
@@ -60,9 +67,9 @@ def random_rollout() -> Rollout:
             length = number(1, 4 + group)
             # A uniform distribution's, roughly: the ratios are on both sides of the clip range.
             logps = -math.log(VOCABULARY) + 0.3 * torch.randn(length, generator=generator, dtype=torch.float64)
-            completions.append(Completion(ids(length), logps, terminated=True))
-    advantages = torch.randn(GROUPS * GROUP, generator=generator, dtype=torch.float64)
-    return Rollout(prompt_ids, completions, [], advantages, advantages, {})
+            completions.append(Completion(ids(length), logps, torch.zeros(length), terminated=True))
+    advantages = torch.randn(GROUPS * GROUP, 1, generator=generator, dtype=torch.float64)
+    return Rollout(0, prompt_ids, completions, advantages, [True] * len(completions))
 
 
 def part(rollout: Rollout, groups: slice) -> Rollout:
@@ -73,4 +80,6 @@ def part(rollout: Rollout, groups: slice) -> Rollout:
         prompt_ids=rollout.prompt_ids[members],
         completions=rollout.completions[members],
         advantages=rollout.advantages[members],
+        counted=rollout.counted[members],
+        old_logps=rollout.old_logps[members] if rollout.old_logps is not None else None,
     )

@@ -94,7 +94,7 @@ def write_run(folder: Path, base: Path) -> MadeRun:
     config = small_config(lora={"r": 8}, averaging={"codec": CODEC}, grpo={"max_completion_length": 8})
     home = folder / "peer"
     store = BlobStore(home / "blobs")
-    layout = describe_layout(base, config.lora)
+    layout = describe_layout(base, config.model, config.lora)
     manifest = pb.RunManifest(
         protocol=PROTOCOL,
         coordinator=coordinator.peer_id,
