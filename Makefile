@@ -1,4 +1,4 @@
-.PHONY: install test lint demo bench proto
+.PHONY: install test parity lint demo bench bench-solo bench-learning bench-memory proto
 .DEFAULT_GOAL := install
 
 PYTHON ?= python3
@@ -18,6 +18,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 test: install  ## every test
 	$(BIN)/python -m pytest
 
+parity: install  ## the tests against TRL alone
+	$(BIN)/python -m pytest -m parity
+
 lint: install .typing  ## style, formatting, strict types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -34,6 +37,15 @@ demo: install  ## a coordinator and three peers on this machine train a small mo
 
 bench: install  ## averaging, against hivemind's
 	$(BIN)/python benchmarks/allreduce.py
+
+bench-solo: install  ## a step that one machine makes alone, against TRL's
+	$(BIN)/python benchmarks/solo.py
+
+bench-learning: install  ## how fast a swarm of three learns, against TRL
+	$(BIN)/python benchmarks/learning.py
+
+bench-memory: install  ## peak memory of log-probabilities, against torch's
+	$(BIN)/python benchmarks/memory.py
 
 proto: install  ## protocol/hivegrpo_pb2.py and .pyi, which are committed, from hivegrpo.proto
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iprotocol --python_out=protocol --mypy_out=protocol hivegrpo.proto

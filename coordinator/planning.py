@@ -13,6 +13,7 @@ from hivegrpo.protocol.checks import MAX_LEASE_POSITIONS, MAX_REDUCERS
 from hivegrpo.protocol.chunks import chunk_count, split_evenly
 from hivegrpo.protocol.config import GrpoSection, RunConfig
 from hivegrpo.protocol.envelope import digest_of
+from hivegrpo.protocol.reference import reference_of
 from hivegrpo.protocol.scalars import StepScalars, fp32_bits
 from hivegrpo.protocol.schedule import learning_rate
 
@@ -171,18 +172,12 @@ def manifest_payload(state: State, ballot: Ballot) -> bytes:
         spans=[pb.Blob(root=span_root, size=size) for span_root, size in spans],
         state=pb.Blob(root=root, size=state.terms.state_size),
         contributors=[contributor for contributor in attempt.plan.contributors if contributor.peer in sealed],
-        reference_version=_reference_of(current.version, head.manifest.reference_version, state.terms.config.grpo),
+        reference_version=reference_of(current.version, head.manifest.reference_version, state.terms.config.grpo),
         metrics=merge_metrics(
             [current.contributions[peer] for peer in sorted(sealed)], current.evaluation, state.terms.config.grpo
         ),
     )
     return _payload(manifest)
-
-
-def _reference_of(version: int, before: int, grpo: GrpoSection) -> int:
-    """The KL reference of what is sampled under a version: itself every so many versions, else the one before."""
-    every = grpo.ref_model_sync_steps
-    return version if every is not None and version % every == 0 else before
 
 
 def _dialled(state: State, peer: str) -> tuple[str, ...]:

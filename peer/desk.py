@@ -10,6 +10,7 @@ from torch import Tensor
 from hivegrpo.peer.floats import NonFiniteError
 from hivegrpo.peer.learn.evaluation import Evaluation
 from hivegrpo.peer.learn.learner import LearnedContribution
+from hivegrpo.peer.learn.metrics import finite
 from hivegrpo.peer.swarm.codecs import get_codec
 from hivegrpo.peer.swarm.contribution import ContributionStore, EncodedVector
 from hivegrpo.peer.swarm.versions import Versions
@@ -91,7 +92,8 @@ class LeaseDesk:
             return Work(contribution)
         if learned.num_tokens:
             self.speed = learned.num_tokens / max(sum(learned.seconds.values()), 1e-9)
-        metrics.update(learned.metrics | {f"seconds/{name}": seconds for name, seconds in learned.seconds.items()})
+        seconds = {f"seconds/{name}": value for name, value in learned.seconds.items()}
+        metrics.update(finite(learned.metrics | seconds))
         contribution.MergeFrom(
             pb.Contribution(
                 used=learned.used,

@@ -81,6 +81,7 @@ class Volunteer:
         self._exchanges = exchanges
         self._directory = directory
         self._contributions = contributions
+        self._round_groups = config.grpo.prompts_per_round
         self._desk = LeaseDesk(config, learner, versions, contributions)
         self._worker = worker
         self._history = history
@@ -167,7 +168,10 @@ class Volunteer:
             self._said_ready = None
 
     def _agrees_with(self, lease: pb.Lease) -> bool:
-        """Whether a lease names the KL reference that the chain has at its version."""
+        """Whether a lease wants no more than a round, and names the KL reference that the chain has at its version."""
+        if lease.wanted > self._round_groups:
+            log.warning("refused a lease", lease=lease.id, wanted=lease.wanted, of_a_round=self._round_groups)
+            return False
         chain = self._versions.chain.entries[lease.version].manifest.message.reference_version
         if lease.reference_version != chain:
             log.warning("refused a lease", lease=lease.id, reference=lease.reference_version, in_the_chain=chain)

@@ -80,7 +80,7 @@ class Rows(Section):
     """Split of the hub dataset; "train" for training and "test" for evaluation if left out."""
     revision: str | None = None
     """Commit, tag or branch of the hub dataset."""
-    size: int | None = Field(default=None, ge=1, le=1 << 20)
+    size: int | None = Field(default=None, ge=1, le=1 << 16)
     """Rows that a reasoning_gym task generates."""
     seed: int | None = Field(default=None, ge=0, lt=2**31)
     """Seed of a reasoning_gym task: other rows for training than for evaluation."""
@@ -135,9 +135,11 @@ class EvaluationSection(Rows):
 
 
 class RewardsSection(Section):
-    functions: tuple[Annotated[str, Field(min_length=1, max_length=48)], ...] = Field(min_length=1, max_length=8)
+    functions: tuple[Annotated[str, Field(min_length=1, max_length=48, pattern=r"^[ -~]+$")], ...] = Field(
+        min_length=1, max_length=8
+    )
     """Names of reward functions that every peer has installed."""
-    weights: tuple[float, ...] | None = None
+    weights: tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...] | None = None
     """One weight a function; all 1 if left out."""
     options: dict[str, dict[str, bool | int | float | str]] = Field(default_factory=dict)
     """Keyword arguments of functions, as [rewards.options.NAME] tables."""

@@ -391,11 +391,20 @@ def test_a_gradient_leaves_the_policy_as_it_was(policy: Policy, rollout: Rollout
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_entropy_quantile": 0.5}], ids=["loss", "entropy"])
-def test_cancelled_between_micro_batches(policy: Policy, rollout: Rollout, settings: Settings) -> None:
-    cancelled = threading.Event()
-    cancelled.set()
+def test_cancelled_between_micro_batches(
+    policy: Policy, rollout: Rollout, monkeypatch: pytest.MonkeyPatch, settings: Settings
+) -> None:
+    cancelled, batches = threading.Event(), []
+
+    def watched(rollout: Rollout, members: list[int], device: torch.device) -> Any:
+        batches.append(members)
+        cancelled.set()
+        return make_batch(rollout, members, device)
+
+    monkeypatch.setattr(gradient, "make_batch", watched)
     with pytest.raises(Cancelled):
         rollout_gradient(policy, rollout, section(settings), 200, cancelled)
+    assert len(batches) == 1
 
 
 def test_a_gradient_that_is_not_finite_is_an_error(policy: Policy, rollout: Rollout) -> None:

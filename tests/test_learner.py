@@ -19,6 +19,7 @@ from hivegrpo.peer.learn.policy import Policy
 from hivegrpo.peer.rewards.base import Reward
 from hivegrpo.peer.rewards.registry import BUILT_IN
 from hivegrpo.protocol.config import PeerConfig, RunConfig
+from hivegrpo.protocol.errors import ConfigError
 from hivegrpo.protocol.permutation import prompt_index
 
 SEED = 5
@@ -366,3 +367,20 @@ def test_importing_the_learner_imports_neither_peft_nor_datasets() -> None:
     code = "import sys, hivegrpo.peer.learn.learner; print(*{'peft', 'datasets', 'pyarrow'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_a_prompt_that_cannot_be_encoded_is_dropped(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher's chat template may refuse a row in the middle; that must not end the peer."""
+    learner = make(rows_of("a", "b", "c"))
+    encode = learner.encoder.encode
+    asked: list[int] = []
+
+    def refuse_the_second(prompt: str) -> list[int]:
+        asked.append(1)
+        if len(asked) == 2:
+            raise ConfigError("The model's chat template refuses a prompt.", "Choose another model.")
+        return encode(prompt)
+
+    monkeypatch.setattr(learner.encoder, "encode", refuse_the_second)
+    result = contribute(learner, 3)
+    assert (result.used, result.dropped) == ((0, 2), (1,))

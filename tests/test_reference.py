@@ -21,6 +21,7 @@ from hivegrpo.protocol.blobs import blob_root
 from hivegrpo.protocol.blobstream import BlobStore
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.chainfile import ChainFile
+from hivegrpo.protocol.errors import ChainError
 from hivegrpo.protocol.identity import Identity
 
 VALUES = 40_000
@@ -185,9 +186,7 @@ def test_a_restarted_peer_has_the_reference_of_the_versions_it_samples_under(tmp
     assert torch.equal(state_from_bytes(state, VALUES).parameters, reference)
 
 
-def test_a_run_without_a_reference_keeps_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even if its coordinator moves one."""
-    monkeypatch.setattr(planning, "_reference_of", lambda version, before, grpo: version)
+def test_a_run_without_a_reference_keeps_none(tmp_path: Path) -> None:
     swarm = make_swarm(
         tmp_path,
         run={"versions": 4},
@@ -204,9 +203,26 @@ def test_a_run_without_a_reference_keeps_none(tmp_path: Path, monkeypatch: pytes
 
     run(scenario)
     chain = chain_of(swarm)
-    assert [entry.manifest.message.reference_version for entry in chain.entries] == [0, 1, 2, 3, 4]
+    assert [entry.manifest.message.reference_version for entry in chain.entries] == [0, 0, 0, 0, 0]
     assert learner.references == []
     assert held_states(BlobStore(PeerHome(swarm.peer_home("a")).blobs), chain) == [4], "the last"
+
+
+def test_a_reference_that_the_settings_do_not_give_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinator that moved it at every version would take the KL penalty away."""
+    monkeypatch.setattr(planning, "reference_of", lambda version, before, grpo: version)
+    swarm = make_swarm(tmp_path, run={"versions": 3})
+    ends: list[Any] = []
+
+    async def scenario() -> None:
+        coordinator = await swarm.start_coordinator()
+        peers = [await swarm.start_peer(name, Keeper()) for name in "ab"]
+        ends.extend(await asyncio.gather(*(peer.task for peer in peers), return_exceptions=True))
+        await coordinator.leave()
+
+    run(scenario)
+    assert all(isinstance(end, ChainError) and "KL reference" in str(end) for end in ends)
+    assert ChainFile.open(swarm.peer_home("a")).chain.height == 0
 
 
 def test_a_lease_with_another_reference_than_the_chains_is_refused(

@@ -247,3 +247,11 @@ def test_scores_that_are_kept(score: object, kept: Score) -> None:
 def test_scores_that_are_nonsense(score: object) -> None:
     with pytest.raises(ValueError, match=r"^(a|steps)"):
         checked(score, 3)
+
+
+@pytest.mark.parametrize("score", [1.1e6, -1.1e6, 1.7e308, 10**400, [(0, 1e300)]])
+def test_a_score_beyond_all_measure_is_nonsense(score: Any) -> None:
+    """Sums and deviations of such scores overflow."""
+    with pytest.raises(ValueError, match="at most 1e"):
+        checked(score, tokens=3)
+    assert checked(1e6, tokens=3) == 1e6

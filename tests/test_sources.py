@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import datasets
@@ -88,6 +88,26 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytes
 def test_a_file_that_is_no_parquet_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not Parquet"):
         rows_of(tmp_path / "rows.parquet", b"no parquet")
+
+
+@pytest.fixture(autouse=True)
+def card_files(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """The files that the card of every hub dataset names."""
+    files = {"train": ["hf://datasets/org/set@abc/train.parquet"]}
+    builder = SimpleNamespace(config=SimpleNamespace(data_files=files))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
+    return files
+
+
+@pytest.mark.parametrize("foreign", ["/etc/passwd", "http://127.0.0.1/rows.jsonl", "hf://datasets/org/other@abc/x"])
+def test_a_hub_dataset_cannot_name_files_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, card_files: dict[str, list[str]], foreign: str
+) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(ROWS))
+    assert canonical_rows(DatasetSection(name="org/set")) == CANONICAL
+    card_files["train"].append(foreign)
+    with pytest.raises(ConfigError, match="outside its own repository"):
+        canonical_rows(DatasetSection(name="org/set"))
 
 
 def test_a_hub_dataset_gives_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,14 +10,17 @@ import structlog
 import torch
 
 from hivegrpo.peer.learn.advantages import Advantages
+from hivegrpo.peer.learn.cancel import check
 from hivegrpo.peer.learn.data import PROMPT, Prompts
 from hivegrpo.peer.learn.encoding import PromptEncoder, as_messages, end_token_ids
+from hivegrpo.peer.learn.messages import Prompt
 from hivegrpo.peer.learn.policy import Policy
 from hivegrpo.peer.learn.rollout import Group, Rollout, compare, make_rollout, rollout_metrics
 from hivegrpo.peer.learn.sampler import Sampling, sample_within
 from hivegrpo.peer.rewards.base import Scored
 from hivegrpo.peer.rewards.pool import RewardPool
 from hivegrpo.protocol.config import PeerConfig, RunConfig
+from hivegrpo.protocol.errors import ConfigError
 from hivegrpo.protocol.permutation import prompt_index
 
 log = structlog.get_logger(__name__)
@@ -30,7 +33,7 @@ class Sampled:
     config: RunConfig
     groups: dict[int, Group] = field(default_factory=dict)
     unfit: list[int] = field(default_factory=list)
-    """Prompts that are empty, or longer than max_prompt_length."""
+    """Prompts that are empty, longer than max_prompt_length, or refused by the chat template."""
     untouched: tuple[int, ...] = ()
     """Prompts that were not looked at."""
     failed: dict[str, int] = field(default_factory=dict)
@@ -106,7 +109,7 @@ class Collector:
         as these go (DAPO, arXiv:2503.14476). Raises Cancelled soon after the event is set.
         """
         sampled = Sampled(self.config)
-        fitting = self._fitting(positions, sampled.unfit)
+        fitting = self._fitting(positions, sampled.unfit, cancelled)
         while wave := list(islice(fitting, wanted - len(sampled.used))):
             groups, scored = self._score(policy, wave, generator, cancelled)
             sampled.groups |= zip((offset for offset, _, _ in wave), groups, strict=True)
@@ -119,16 +122,27 @@ class Collector:
         sampled.untouched = tuple(offset for offset in range(len(positions)) if offset not in seen)
         return sampled
 
-    def _fitting(self, positions: range, unfit: list[int]) -> Iterator[tuple[int, dict[str, Any], list[int]]]:
+    def _fitting(
+        self, positions: range, unfit: list[int], cancelled: threading.Event | None
+    ) -> Iterator[tuple[int, dict[str, Any], list[int]]]:
         """Offset, row and token ids of the prompts that can be used; the others are noted as unfit on the way."""
         size, seed = len(self.prompts), self.config.run.seed
         for offset, position in enumerate(positions):
             row = self.prompts.rows[prompt_index(position, size, seed)]
-            ids = self.encoder.encode(row[PROMPT])
+            check(cancelled)
+            ids = self._encode(row[PROMPT])
             if 0 < len(ids) <= self.config.grpo.max_prompt_length:
                 yield offset, row, ids
             else:
                 unfit.append(offset)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        """Token ids; none of a prompt that the model's chat template refuses."""
+        try:
+            return self.encoder.encode(prompt)
+        except ConfigError as error:
+            log.warning("a prompt cannot be used", reason=error.message)
+            return []
 
     def _score(
         self,

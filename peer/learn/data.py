@@ -16,6 +16,8 @@ PROMPT = "prompt"
 ANSWER = "answer"
 
 MAX_ROWS = 1 << 22
+MAX_ROW_BYTES = 4 << 20
+"""Of a line: its columns are repeated for each completion that a reward looks at."""
 
 JSON_ERRORS = (TypeError, ValueError, RecursionError)
 """Of values that it cannot hold: other types, NaN and lone surrogates, deep nesting."""
@@ -80,6 +82,8 @@ def canonical_rows(dataset: DatasetSection, held_out: Rows | None = None) -> byt
         _require_like(first, row, columns[PROMPT], only, where)
         lines.append(_canonical(row, columns, where))
         size += len(lines[-1])
+        if len(lines[-1]) > MAX_ROW_BYTES:
+            raise ConfigError(f"{where} has {len(lines[-1])} bytes; a row may have {MAX_ROW_BYTES}.", LEAVE_OUT)
         if number > MAX_ROWS or size > MAX_BYTES:
             raise ConfigError(
                 f"The rows of {title} are more than {MAX_ROWS}, or have more than {MAX_BYTES} bytes.",
@@ -161,6 +165,8 @@ def _is_json(row: Row) -> bool:
 
 def _complaint(row: Row, line: bytes, before: list[Row]) -> str | None:
     """What keeps a line, parsed as `row`, from being the next canonical row; None if nothing does."""
+    if len(line) > MAX_ROW_BYTES:
+        return f"has {len(line)} bytes; a row may have {MAX_ROW_BYTES}"
     try:
         written = _line(row)
     except JSON_ERRORS as error:

@@ -60,7 +60,7 @@ class PromptEncoder:
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except TemplateError as error:
+        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
             raise ConfigError(
                 f"The model's chat template refuses a prompt: {error}.",
                 "Leave out system_prompt or the messages that it does not know, or choose another model.",

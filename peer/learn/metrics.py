@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hivegrpo.protocol.checks import MAX_METRIC
+
 
 @dataclass
 class Tally:
@@ -41,5 +43,5 @@ class Tally:
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Those that are numbers."""
-    return {name: value for name, value in metrics.items() if value - value == 0.0}
+    """Those that are numbers which a coordinator takes: it refuses a contribution with others."""
+    return {name: value for name, value in metrics.items() if abs(value) <= MAX_METRIC}

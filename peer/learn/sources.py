@@ -102,6 +102,19 @@ def _read_parquet(source: Rows) -> list[Row]:
     return rows
 
 
+def _require_own_files(name: str, source: Rows) -> None:
+    """ConfigError if a hub dataset's card names files outside it: local paths, which would be read here, and URLs."""
+    from datasets import load_dataset_builder
+
+    builder = load_dataset_builder(name, source.config, revision=source.revision)
+    files = [file for files in (builder.config.data_files or {}).values() for file in files]
+    if not all(str(file).startswith(f"hf://datasets/{name}@") for file in files):
+        raise ConfigError(
+            f"The dataset {name} names files outside its own repository, which are never read.",
+            "Choose another, or get its rows into a file and give path.",
+        )
+
+
 def _read_hub(source: Rows, default_split: str, columns: frozenset[str] | None) -> Iterable[Row]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
@@ -115,6 +128,7 @@ def _read_hub(source: Rows, default_split: str, columns: frozenset[str] | None) 
             "Start from another folder, or give path.",
         )
     try:
+        _require_own_files(name, source)
         data = load_dataset(name, source.config, split=split, revision=source.revision)
         if columns is not None and columns <= set(data.column_names):
             data = data.select_columns(sorted(columns))  # images and sound take long to decode, and a decoder

@@ -6,7 +6,6 @@ returns one `Score` a completion, and may be `async`.
 """
 
 import inspect
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -31,6 +30,9 @@ BATCH = ("prompts", "completions", "completion_ids")
 
 SCALARS = (bool, int, float, str)
 """Types of an option. A parameter with such an annotation is an option, any other is a column of the dataset."""
+
+MAX_SCORE = 1e6
+"""Largest magnitude of a score: what is weighted and added up from scores stays finite."""
 
 Value = TypeVar("Value")
 
@@ -140,8 +142,8 @@ def _step(step: object, tokens: int) -> tuple[int, float]:
 
 def _finite(number: object) -> float:
     try:
-        if isinstance(number, (int, float)) and math.isfinite(number):
+        if isinstance(number, (int, float)) and abs(float(number)) <= MAX_SCORE:
             return float(number)
     except OverflowError:
         pass  # an integer beyond the floats
-    raise ValueError("a score that is no finite number")
+    raise ValueError(f"a score that is no number of at most {MAX_SCORE:g}")

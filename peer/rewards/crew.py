@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
+import structlog
+
 from hivegrpo.peer.learn.cancel import Cancelled, check
 from hivegrpo.peer.rewards.process import REAP_SECONDS, Call, WorkerLost, WorkerProcess
 from hivegrpo.protocol.errors import ConfigError
@@ -14,10 +16,15 @@ from hivegrpo.protocol.errors import ConfigError
 POLL_SECONDS = 0.05
 """Between two looks at deadlines and at whether the work is given up."""
 
+MAX_FAILURES = 100
+"""Failures to start a process before they are the user's business, once one has loaded; there is a pause between."""
+
 AHEAD = 8
 """Calls that a process is sent at once: waiting for each answer would cost more than most functions take."""
 AHEAD_BYTES = 1 << 15
 """Of them together, so that sending them never waits for a process that is at work."""
+
+log = structlog.get_logger(__name__)
 
 Answer = tuple[Call, dict[str, Any]]
 """{"scores": ...}, as the function returned them, or {"error": why there are none}."""
@@ -33,6 +40,10 @@ class Crew:
         self._count = count
         self._workers: list[WorkerProcess] = []
         self._closed = False
+        self._failures = 0
+        """Processes in a row that could not be started, or did not load."""
+        self._proved = False
+        """Whether any has ever loaded."""
         self._running = threading.Lock()
         self._end_all = weakref.finalize(self, _end_all, self._workers)
 
@@ -78,10 +89,12 @@ class Crew:
             try:
                 self._workers.append(WorkerProcess(self._functions, self._memory))
             except OSError as error:
-                raise self._unusable(str(error)) from error
+                self._count_failure(str(error))
+                return
 
     def _hand_out(self, calls: deque[Call], frame: Callable[[Call], bytes]) -> Iterator[Answer]:
         for worker in [worker for worker in self._workers if worker.loaded and not worker.calls]:
+            self._failures, self._proved = 0, True
             yield from self._send(worker, calls, frame, -(-len(calls) // self._count))
 
     def _send(
@@ -130,7 +143,7 @@ class Crew:
         if self._closed:
             raise Cancelled from None
         if not worker.loaded:
-            raise self._unusable(str(lost)) from None
+            self._count_failure(str(lost))
         if worker.calls:
             first = worker.calls.popleft()
             calls.extendleft(reversed(worker.calls))
@@ -140,9 +153,15 @@ class Crew:
         self._workers.remove(worker)
         worker.end()
 
-    def _unusable(self, why: str) -> ConfigError:
+    def _count_failure(self, why: str) -> None:
+        """ConfigError at once before any process has loaded; afterwards, when the machine may be short of something
+        for a while, only after `MAX_FAILURES`."""
+        self._failures += 1
+        if self._proved and self._failures < MAX_FAILURES:
+            log.warning("a process for reward functions could not be started", reason=why)
+            return
         names = ", ".join(self._functions)
-        return ConfigError(
+        raise ConfigError(
             f"The reward functions ({names}) cannot be loaded in a process of their own: {why}.",
             "Correct the one at fault, update the package that offers it, or leave it out of the run.",
         )

@@ -188,6 +188,8 @@ class Session:
         check_plan(plan.message)
         if self.plan and _place(plan.message) < _place(self.plan.message):
             raise StaleError("a plan older than the current one")
+        if self.plan and _place(plan.message) == _place(self.plan.message) and plan.digest != self.plan.digest:
+            raise SignatureError(f"a second plan for attempt {plan.message.attempt} at version {plan.message.version}")
         self.plan = plan
 
     def _take_seal(self, signed: pb.Signed) -> None:
@@ -195,6 +197,8 @@ class Session:
         if self.plan is None or seal.message.plan != self.plan.digest:
             raise StaleError("a seal for another plan than the current one")
         check_seal(seal.message, self.plan.message)
+        if self.seal and self.seal.message.plan == seal.message.plan and self.seal.digest != seal.digest:
+            raise SignatureError("a second seal of the same plan")
         self.seal = seal
 
     def _take_manifest(self, signed: pb.Signed) -> None:

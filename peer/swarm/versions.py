@@ -17,8 +17,10 @@ from hivegrpo.protocol.blobstream import BlobStore
 from hivegrpo.protocol.chain import Entry
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.config import RunConfig
+from hivegrpo.protocol.envelope import parse
 from hivegrpo.protocol.errors import ChainError, CommitmentError, StaleError
 from hivegrpo.protocol.files import write_whole
+from hivegrpo.protocol.reference import reference_of
 
 KEPT_ANCHORS = 2
 """Newest anchors kept on disk, beside the KL reference; version 0 is made from the seed."""
@@ -76,7 +78,18 @@ class Versions:
         return shadow, blob_root(state_bytes(shadow))
 
     def extend(self, message: pb.ChainEntry) -> Entry:
-        """Verify the next entry of the chain and write it; the state follows by `adopt` or `load_anchor`."""
+        """Verify the next entry of the chain and write it; the state follows by `adopt` or `load_anchor`.
+
+        ChainError if it does not verify, or its KL reference is not the one that the run's settings give.
+        """
+        manifest = parse(pb.VersionManifest, message.manifest.payload)
+        before = self.chain.head.manifest.message.reference_version if self.chain.head else 0
+        if manifest.reference_version != reference_of(manifest.version, before, self._config.grpo):
+            raise ChainError(
+                f"Version {manifest.version} names version {manifest.reference_version} as its KL reference, "
+                "which the run's settings do not give.",
+                "Do not contribute, and report this message to whoever launched the run.",
+            )
         return self._chainfile.append(message)
 
     def adopt(self, version: int, shadow: PolicyState, root: bytes) -> None:
