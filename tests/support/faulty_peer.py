@@ -12,7 +12,7 @@ from typing import Any
 
 from hivegrpo.cli.output import configure_logging
 from hivegrpo.peer.daemon import run_peer
-from hivegrpo.peer.learn import learner
+from hivegrpo.peer.learn import collect
 from hivegrpo.protocol.config import PeerConfig
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.transport.base import Stream, Transport
@@ -34,13 +34,13 @@ class Countdown:
 
 
 def die_in_rollout(countdown: Countdown) -> None:
-    make_rollout = learner.make_rollout
+    make_rollout = collect.make_rollout
 
     def dying(*args: Any, **kwargs: Any) -> Any:
         countdown.tick()
         return make_rollout(*args, **kwargs)
 
-    learner.make_rollout = dying
+    collect.make_rollout = dying
 
 
 def die_in_push(transport: Transport, countdown: Countdown) -> None:
