@@ -114,7 +114,7 @@ def test_a_minimal_run_has_trl_s_defaults_and_paths_beside_the_file(tmp_path: Pa
         (generated("size = 1"), r"\[dataset\]: reasoning_gym:chain_sum needs size and seed"),
         (generated('size = 1\nseed = 0\nsplit = "test"'), r"chain_sum .* takes no config, split or revision"),
         (generated("size = 0\nseed = 0"), r"\[dataset\] size: .*greater than or equal to 1"),
-        (generated("size = 1048577\nseed = 0"), r"\[dataset\] size: .*less than or equal to 1048576"),
+        (generated("size = 65537\nseed = 0"), r"\[dataset\] size: .*less than or equal to 65536"),
         (generated("size = 1\nseed = -1"), r"\[dataset\] seed: .*greater than or equal to 0"),
         (generated("size = 1\nseed = 2147483648"), r"\[dataset\] seed: .*less than 2147483648"),
         (MINIMAL.replace('train.jsonl"', 'train.jsonl"\ncolumns = "x"'), r"\[dataset\] columns: .*tuple"),
