@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from hivegrpo.peer.learn.cancel import check
 
@@ -80,9 +79,10 @@ def sample(
         taken, logps[alive, place], entropies[alive, place] = draw(logits, sampling, generator)
         tokens[alive, place] = taken
         ended = torch.isin(taken, ends)
-        terminated[alive[ended]] = True
-        lengths[alive[ended]] = place + 1
         going = _close_ranks(ended)
+        if len(going) < len(alive):
+            terminated[alive[ended]] = True
+            lengths[alive[ended]] = place + 1
         if len(going) == 0 or place + 1 == sampling.max_completion_length:
             break
         if len(going) < len(alive):
@@ -139,7 +139,10 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tupl
         taken = logps.argmax(dim=-1, keepdim=True)
     else:
         narrowed = narrow(probabilities, sampling.top_p, sampling.top_k)
-        taken = torch.multinomial(narrowed, 1, generator=generator)
+        # As torch.multinomial draws one, without its checks, which wait for the device and end the process on a NaN:
+        # what a policy that has diverged gives is found by whoever takes the gradient.
+        races = torch.empty_like(narrowed).exponential_(generator=generator)
+        taken = (narrowed / races).argmax(dim=-1, keepdim=True)
     entropies = torch.special.entr(probabilities).sum(dim=-1)
     return taken.squeeze(1), logps.gather(1, taken).squeeze(1), entropies
 
@@ -162,15 +165,18 @@ def narrow(probabilities: Tensor, top_p: float, top_k: int) -> Tensor:
 
 def pad_left(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids (B, L), padded on the left with 0, and their mask (1 at tokens)."""
-    rows = [torch.tensor(list(sequence), dtype=torch.long) for sequence in sequences]
-    ids = pad_sequence(rows, batch_first=True, padding_side="left")
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    longest = max(map(len, sequences))
+    ids = torch.tensor([[0] * (longest - len(sequence)) + list(sequence) for sequence in sequences])
+    lengths = torch.tensor([len(sequence) for sequence in sequences]).unsqueeze(1)
+    mask = (torch.arange(longest) >= longest - lengths).long()
     return ids.to(device), mask.to(device)
 
 
 def _close_ranks(ended: Tensor) -> Tensor:
     """Which rows go on, in an order in which most stay where they are: the last fill the gaps. (B,) bool -> (B',)."""
     going = (~ended).nonzero().squeeze(1)
+    if len(going) == len(ended):
+        return going
     order = torch.arange(len(going), device=ended.device)
     order[ended[: len(going)]] = going[going >= len(going)]
     return order
