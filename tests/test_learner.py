@@ -159,7 +159,9 @@ def test_a_step_against_the_gradient_raises_the_reward(make: Make, policy: Polic
 
 
 def test_gradient_checkpointing_changes_nothing(make: Make) -> None:
-    plain, saving = contribute(make(), 6), contribute(make(gradient_checkpointing=True), 6)
+    learner = make(gradient_checkpointing=True)
+    assert learner.policy.body.layers[0].gradient_checkpointing
+    plain, saving = contribute(make(), 6), contribute(learner, 6)
     # The same operations in the same order.
     torch.testing.assert_close(saving.vector, plain.vector, rtol=1e-6, atol=1e-8)
     assert saving.metrics == pytest.approx(plain.metrics)
