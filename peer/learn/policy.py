@@ -80,6 +80,8 @@ class Policy:
             raise ConfigError(f"The model in {folder} cannot be loaded: {error}", "Is the folder complete?") from None
         if model.quantize is None:
             base = base.to(device)
+        else:
+            _compute_as_stored(base)
         adapter = lora if model.trainable == "lora" else None
         return cls(base, adapter, gradient_checkpointing=gradient_checkpointing)
 
@@ -209,6 +211,17 @@ def _quantization(model: ModelSection) -> Any:
         bnb_4bit_compute_dtype=getattr(torch, model.dtype),
         bnb_4bit_use_double_quant=False,
     )
+
+
+def _compute_as_stored(base: "PreTrainedModel") -> None:
+    """Keep bitsandbytes from its path for processors with AVX512-BF16.
+
+    It repacks the weights whenever no gradient is wanted, fails where a layer's width is no multiple of the block size,
+    and computes in bfloat16: the sampler would have other log-probabilities than the loss, and than other machines.
+    """
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _with_adapter(base: "PreTrainedModel", lora: LoraSection) -> "PeftModel":
