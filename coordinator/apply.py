@@ -205,7 +205,9 @@ def _report_senders(state: State, signed: pb.Signed) -> None:
     report = parse(pb.SenderReport, signed.payload)
     attempt = state.round.attempt
     assert attempt is not None
-    attempt.reports[signed.signer] = frozenset(complete.peer for complete in report.complete)
+    attempt.reports[signed.signer] = {
+        complete.peer: int.from_bytes(complete.norm_squared, "big") for complete in report.complete
+    }
 
 
 def _seal(state: State, payload: bytes, at: float) -> None:

@@ -11,10 +11,11 @@ from hivegrpo.coordinator.state import State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.checks import MAX_LEASE_POSITIONS, MAX_REDUCERS
 from hivegrpo.protocol.chunks import chunk_count, split_evenly
+from hivegrpo.protocol.coefficients import coefficients, norm_bytes, planned_rule
 from hivegrpo.protocol.config import GrpoSection, RunConfig
 from hivegrpo.protocol.envelope import digest_of
 from hivegrpo.protocol.reference import reference_of
-from hivegrpo.protocol.scalars import StepScalars, fp32_bits
+from hivegrpo.protocol.scalars import StepScalars
 from hivegrpo.protocol.schedule import learning_rate
 
 LARGEST_ROSTER = 3072
@@ -102,7 +103,7 @@ def plan_payload(state: State, peers: Sequence[str]) -> bytes | None:
         parent=head.digest,
         attempt=current.attempts + 1,
         codec=config.averaging.codec,
-        rule=config.averaging.rule,
+        rule=planned_rule(config.averaging.rule, len(roster)),
         values=state.terms.values,
         contributors=[_contributor(peer, current.contributions[peer]) for peer in roster],
         reducers=[
@@ -112,6 +113,7 @@ def plan_payload(state: State, peers: Sequence[str]) -> bytes | None:
         scalars=scalars.to_bits(),
         exchange_seconds=config.timing.exchange,
         step_seconds=config.timing.step,
+        audit_seconds=config.timing.audit,
     )
     return _payload(plan)
 
@@ -128,12 +130,13 @@ def seal_payload(attempt: Attempt) -> bytes | None:
     sealed = [contributor for contributor in attempt.plan.contributors if contributor.peer in complete]
     if not sealed:
         return None
-    total = sum(contributor.weight for contributor in sealed)
+    norms = [sum(report[contributor.peer] for report in attempt.reports.values()) for contributor in sealed]
+    bits = coefficients(attempt.plan.rule, [contributor.weight for contributor in sealed], norms)
     seal = pb.Seal(
         plan=attempt.digest,
         contributors=[
-            pb.Sealed(peer=contributor.peer, coefficient=fp32_bits(contributor.weight / total))
-            for contributor in sealed
+            pb.Sealed(peer=contributor.peer, coefficient=coefficient, norm_squared=norm_bytes(norm))
+            for contributor, coefficient, norm in zip(sealed, bits, norms, strict=True)
         ],
     )
     return _payload(seal)

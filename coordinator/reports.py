@@ -120,7 +120,7 @@ def _judge_senders(state: State, signed: pb.Signed, peer: str, run_id: str, now:
         return Verdict(False, "invalid: this peer is no reducer of the plan")
     check_sender_report(report, attempt.plan)
     if peer in attempt.reports:
-        return _again(attempt.reports[peer] == {complete.peer for complete in report.complete}, "report")
+        return _again(attempt.reports[peer].keys() == {complete.peer for complete in report.complete}, "report")
     return Verdict(True, events=(ev.SendersReported(now, signed.SerializeToString()),))
 
 

@@ -50,8 +50,8 @@ class Attempt:
     digest: bytes
     planned_at: float
     roster: frozenset[str]
-    reports: dict[str, frozenset[str]] = field(default_factory=dict)
-    """By reducer: the senders whose chunks it has whole."""
+    reports: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By reducer: the senders whose chunks it has whole, with the exact squared norm of each one's span."""
     seal: pb.Seal | None = None
     seal_payload: bytes = b""
     seal_digest: bytes = b""

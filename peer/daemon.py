@@ -14,7 +14,7 @@ from hivegrpo.peer.desk import Learns
 from hivegrpo.peer.home import PeerHome, identity_path
 from hivegrpo.peer.numerics import check_numerics
 from hivegrpo.peer.preparation import prepare_learner
-from hivegrpo.peer.swarm.codecs import get_codec
+from hivegrpo.peer.swarm.codecs.registry import get_codec
 from hivegrpo.peer.swarm.contribution import ContributionStore
 from hivegrpo.peer.swarm.directory import Directory
 from hivegrpo.peer.swarm.exchange import ExchangeServer

@@ -11,7 +11,7 @@ from hivegrpo.peer.floats import NonFiniteError
 from hivegrpo.peer.learn.evaluation import Evaluation
 from hivegrpo.peer.learn.learner import LearnedContribution
 from hivegrpo.peer.learn.metrics import finite
-from hivegrpo.peer.swarm.codecs import get_codec
+from hivegrpo.peer.swarm.codecs.registry import get_codec
 from hivegrpo.peer.swarm.contribution import ContributionStore, EncodedVector
 from hivegrpo.peer.swarm.versions import Versions
 from hivegrpo.protocol import hivegrpo_pb2 as pb

@@ -17,8 +17,11 @@ from torch import Tensor
 
 from hivegrpo.peer.learn.genesis import genesis_parameters
 from hivegrpo.peer.learn.step import PolicyState, adamw_step, state_bytes
-from hivegrpo.peer.swarm.codecs import CODECS, Codec, decode_vector, encode_vector
-from hivegrpo.peer.swarm.rules import RULES, Rule
+from hivegrpo.peer.swarm.codecs.base import Codec
+from hivegrpo.peer.swarm.codecs.registry import CODECS
+from hivegrpo.peer.swarm.codecs.vectors import decode_vector, encode_vector
+from hivegrpo.peer.swarm.rules.base import Rule
+from hivegrpo.peer.swarm.rules.registry import RULES
 from hivegrpo.protocol.blobs import blob_root
 from hivegrpo.protocol.chunks import CHUNK_VALUES, chunk_values
 from hivegrpo.protocol.errors import NumericsError
@@ -29,6 +32,7 @@ EXPECTED = {
     "genesis": "9032618e21916485984d48796ce703ba14b7e27bc7d8a21f87125aa1f0b3b764",
     "codec fp32": "1b275d0c2dfca2db695e934ac7ade4200913786cffa585d7d3a61804f9d68f24",
     "codec mxint8": "cc4e3eacf3c094c4a19aefb8ee145cae4c98f253fd53fd2f6ba34aaa429842f0",
+    "rule clip": "0fd4708120bce87da00ddd2c4d8754e06fd24f7d342e73ca05a6e76fc1e393f6",
     "rule mean": "0fd4708120bce87da00ddd2c4d8754e06fd24f7d342e73ca05a6e76fc1e393f6",
 }
 """SHA-256 of what every machine must compute, hex."""
@@ -94,7 +98,8 @@ def run_rule(rule: Rule) -> str:
     parts = []
     for low in (0, 30, 100, 180):
         chunks = [integer_floats(f"chunk {low} {peer}", CHUNK_VALUES, low, low + 20) for peer in range(3)]
-        parts.append(_fp32_bytes(rule.reduce(chunks, _COEFFICIENTS)))
+        (result,) = rule.reduce(range(1), lambda _, chunks=chunks: chunks, _COEFFICIENTS)  # type: ignore[misc]
+        parts.append(_fp32_bytes(result))
     return _digest(*parts)
 
 

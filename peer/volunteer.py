@@ -233,6 +233,7 @@ class Volunteer:
             seal=seal.digest,
             spans=[span.content for span in spans],
             state_root=root,
+            receipts=[span.receipt.signature for span in spans],
             metrics={
                 "seconds/exchange": exchange.seconds,
                 "seconds/step": time.perf_counter() - exchange.began - exchange.seconds,

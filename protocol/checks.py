@@ -3,14 +3,16 @@
 Signatures say who wrote a message; these say that it makes sense on its own. All raise FrameError.
 """
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.chunks import chunk_count
+from hivegrpo.protocol.coefficients import coefficients
 from hivegrpo.protocol.envelope import DIGEST_BYTES
 from hivegrpo.protocol.errors import FrameError
-from hivegrpo.protocol.scalars import StepScalars, fp32_from_bits
+from hivegrpo.protocol.scalars import StepScalars
 
 MAX_METRICS = 64
 MAX_METRIC_NAME = 64
@@ -23,7 +25,11 @@ MAX_LEASE_POSITIONS = 1 << 18
 MAX_ADDRESSES = 16
 MAX_ROSTER = 4096
 MAX_REDUCERS = 64
-MAX_NORM_BYTES = 128
+MAX_NORM_BYTES = 64
+"""Of a squared norm: reducers take at most 2^418 units a span, so 64 spans come to less than 2^425."""
+
+SIGNATURE_BYTES = 64
+MAX_REFUSED_REASON = 200
 MAX_VALUES = 1 << 34
 MAX_SECONDS = 86_400.0
 
@@ -117,6 +123,7 @@ def check_plan(plan: pb.RoundPlan) -> None:
     StepScalars.from_bits(list(plan.scalars))
     check_seconds(plan.exchange_seconds, "the exchange's duration")
     check_seconds(plan.step_seconds, "the step's duration")
+    check_seconds(plan.audit_seconds, "the audit's duration")
 
 
 def check_sender_report(report: pb.SenderReport, plan: pb.RoundPlan) -> None:
@@ -126,21 +133,33 @@ def check_sender_report(report: pb.SenderReport, plan: pb.RoundPlan) -> None:
         raise FrameError("a sender is named twice, or is not in the plan's roster")
     if any(len(complete.norm_squared) > MAX_NORM_BYTES for complete in report.complete):
         raise FrameError("a norm is longer than any fp32 vector's")
+    if not all(0.0 <= complete.seconds <= MAX_SECONDS for complete in report.complete):
+        raise FrameError("a push took no such time")
+    refused = [item.peer for item in report.refused]
+    if len(set(refused)) != len(refused) or not set(refused) <= {item.peer for item in plan.contributors} - set(peers):
+        raise FrameError("a sender was refused twice, is complete as well, or is not in the plan's roster")
+    if any(len(item.reason) > MAX_REFUSED_REASON for item in report.refused):
+        raise FrameError("a refusal's reason is too long")
 
 
 def check_seal(seal: pb.Seal, plan: pb.RoundPlan) -> None:
-    """A non-empty subset of the plan's roster, in its order, with coefficients between 0 and 1."""
+    """A non-empty subset of the plan's roster, in its order, with the coefficients that weights and norms give."""
     check_digest(seal.plan, "the seal's plan")
     peers = [sealed.peer for sealed in seal.contributors]
-    roster = {contributor.peer for contributor in plan.contributors}
-    if not peers or peers != sorted(set(peers)) or not set(peers) <= roster:
+    weights = {contributor.peer: contributor.weight for contributor in plan.contributors}
+    if not peers or peers != sorted(set(peers)) or not set(peers) <= weights.keys():
         raise FrameError("the seal's contributors are not an ordered subset of the plan's roster")
-    if not all(0.0 <= fp32_from_bits(sealed.coefficient) <= 1.0 for sealed in seal.contributors):
-        raise FrameError("a coefficient of the seal is not a share of the weight")
+    if any(len(sealed.norm_squared) > MAX_NORM_BYTES for sealed in seal.contributors):
+        raise FrameError("a norm is longer than any fp32 vector's")
+    norms = [int.from_bytes(sealed.norm_squared, "big") for sealed in seal.contributors]
+    if coefficients(plan.rule, [weights[peer] for peer in peers], norms) != [
+        sealed.coefficient for sealed in seal.contributors
+    ]:
+        raise FrameError("the seal's coefficients are not those of its norms and the plan's weights")
 
 
 def check_step_report(report: pb.StepReport, plan: pb.RoundPlan) -> None:
-    """One span per reducer, well-formed digests."""
+    """One span per reducer, well-formed digests and signatures, measurements of bounded size."""
     check_digest(report.state_root, "the state root")
     check_digest(report.seal, "the seal's digest")
     check_metrics(report.metrics)
@@ -148,6 +167,14 @@ def check_step_report(report: pb.StepReport, plan: pb.RoundPlan) -> None:
         raise FrameError(f"{len(report.spans)} spans for {len(plan.reducers)} reducers")
     for span in report.spans:
         check_digest(span.root, "a span's root")
+    if len(report.receipts) != len(plan.reducers) or any(
+        len(receipt) != SIGNATURE_BYTES for receipt in report.receipts
+    ):
+        raise FrameError("a vote has one receipt's signature a span")
+    if len(report.seconds) not in (0, len(plan.reducers)) or not all(0.0 <= s <= MAX_SECONDS for s in report.seconds):
+        raise FrameError("a vote has one duration a span, or none")
+    if len(report.dots) > len(plan.contributors) + 1 or not all(map(math.isfinite, report.dots)):
+        raise FrameError("a vote has more inner products than contributors, or one that is not finite")
 
 
 def check_manifest(manifest: pb.VersionManifest) -> None:

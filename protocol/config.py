@@ -267,10 +267,14 @@ class OptimizerSection(Section):
 
 
 class AveragingSection(Section):
-    codec: Literal["mxint8", "fp32"] = "mxint8"
-    """How gradients are encoded on the wire."""
-    rule: Literal["mean"] = "mean"
-    """How contributions are combined: the mean by weight."""
+    codec: Literal["mxint8", "mxfp8", "mxfp4", "fp32"] = "mxint8"
+    """How gradients are encoded on the wire: 8.25, 8.25, 4.25 or 32 bits a value."""
+    rule: Literal["auto", "mean", "clip", "trimmed_mean", "centered_clip"] = "auto"
+    """How contributions are combined; auto is the mean by weight, clipped from four contributors on."""
+    overlap: bool = False
+    """Sample for the next version while this one is exchanged: no machine waits, and rollouts are a version behind."""
+    audit_rate: float = Field(default=0.05, ge=0.0, le=1.0)
+    """Share of the reduced spans that a peer, drawn by lot, computes again before a version is committed."""
 
 
 class TimingSection(Section):
@@ -280,6 +284,8 @@ class TimingSection(Section):
     """Seconds for sending a round's gradients."""
     step: float = Field(default=60.0, ge=0.5, le=3_600.0)
     """Seconds from the seal to the peers' state roots."""
+    audit: float = Field(default=10.0, ge=0.1, le=3_600.0)
+    """Seconds from the seal after which the next auditor takes over a span that was not audited."""
     grace: float = Field(default=5.0, ge=0.0, le=3_600.0)
     """Seconds that a disconnected peer keeps its place."""
     max_attempts: int = Field(default=5, ge=1, le=100)

@@ -486,6 +486,7 @@ class Lease(_message.Message):
     EVALUATE_FIELD_NUMBER: _builtins.int
     WANTED_FIELD_NUMBER: _builtins.int
     ITERATION_FIELD_NUMBER: _builtins.int
+    AHEAD_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     peer: _builtins.str
     version: _builtins.int
@@ -506,6 +507,8 @@ class Lease(_message.Message):
     """groups to use, at most; the other positions replace groups that teach nothing"""
     iteration: _builtins.int
     """0: sample; later: another gradient of the rollout that this lease's id names"""
+    ahead: _builtins.bool
+    """sample under version - 1, while `version` is being made; the gradient waits for it"""
     def __init__(
         self,
         *,
@@ -520,10 +523,11 @@ class Lease(_message.Message):
         evaluate: _builtins.bool = ...,
         wanted: _builtins.int = ...,
         iteration: _builtins.int = ...,
+        ahead: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "evaluate", b"evaluate", "id", b"id", "iteration", b"iteration", "max_weight", b"max_weight", "peer", b"peer", "reference_version", b"reference_version", "seconds", b"seconds", "start", b"start", "version", b"version", "wanted", b"wanted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead", b"ahead", "count", b"count", "evaluate", b"evaluate", "id", b"id", "iteration", b"iteration", "max_weight", b"max_weight", "peer", b"peer", "reference_version", b"reference_version", "seconds", b"seconds", "start", b"start", "version", b"version", "wanted", b"wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -627,6 +631,7 @@ class RoundPlan(_message.Message):
     SCALARS_FIELD_NUMBER: _builtins.int
     EXCHANGE_SECONDS_FIELD_NUMBER: _builtins.int
     STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    AUDIT_SECONDS_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     parent: _builtins.bytes
     """digest of the manifest of version - 1"""
@@ -640,6 +645,8 @@ class RoundPlan(_message.Message):
     """from the plan's arrival to the reducers' reports"""
     step_seconds: _builtins.float
     """from the seal's arrival to the state roots"""
+    audit_seconds: _builtins.float
+    """from the seal's arrival: after so long the next auditor takes a span over"""
     @_builtins.property
     def contributors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Contributor]:
         """the roster, in canonical order"""
@@ -666,10 +673,11 @@ class RoundPlan(_message.Message):
         scalars: _abc.Iterable[_builtins.int] | None = ...,
         exchange_seconds: _builtins.float = ...,
         step_seconds: _builtins.float = ...,
+        audit_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "codec", b"codec", "contributors", b"contributors", "exchange_seconds", b"exchange_seconds", "parent", b"parent", "reducers", b"reducers", "rule", b"rule", "scalars", b"scalars", "step_seconds", b"step_seconds", "values", b"values", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "audit_seconds", b"audit_seconds", "codec", b"codec", "contributors", b"contributors", "exchange_seconds", b"exchange_seconds", "parent", b"parent", "reducers", b"reducers", "rule", b"rule", "scalars", b"scalars", "step_seconds", b"step_seconds", "values", b"values", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -737,25 +745,33 @@ Global___Reducer: _TypeAlias = Reducer  # noqa: Y015
 
 @_typing.final
 class PushHeader(_message.Message):
+    """P -> reducer, stream "push", in Signed; then one frame a chunk, answered by Ack"""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PLAN_FIELD_NUMBER: _builtins.int
     SPAN_FIELD_NUMBER: _builtins.int
     PROOF_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
     plan: _builtins.bytes
     span: _builtins.int
+    content: _builtins.bytes
+    """Merkle root over the span's chunks alone: what the sender says it sends"""
     @_builtins.property
-    def proof(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def proof(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Merkle hashes left and right of the span, up to the committed root"""
+
     def __init__(
         self,
         *,
         plan: _builtins.bytes = ...,
         span: _builtins.int = ...,
         proof: _abc.Iterable[_builtins.bytes] | None = ...,
+        content: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "proof", b"proof", "span", b"span"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "plan", b"plan", "proof", b"proof", "span", b"span"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -763,24 +779,32 @@ Global___PushHeader: _TypeAlias = PushHeader  # noqa: Y015
 
 @_typing.final
 class SenderReport(_message.Message):
-    """frame a chunk, answered by Ack; proof: Merkle hashes left and right of the span"""
+    """reducer -> C"""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PLAN_FIELD_NUMBER: _builtins.int
     COMPLETE_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
     plan: _builtins.bytes
     @_builtins.property
-    def complete(self) -> _containers.RepeatedCompositeFieldContainer[Global___Complete]: ...
+    def complete(self) -> _containers.RepeatedCompositeFieldContainer[Global___Complete]:
+        """whose chunks are all here"""
+
+    @_builtins.property
+    def refused(self) -> _containers.RepeatedCompositeFieldContainer[Global___Refused]:
+        """whose push was cut off, and why: evidence, and no proof"""
+
     def __init__(
         self,
         *,
         plan: _builtins.bytes = ...,
         complete: _abc.Iterable[Global___Complete] | None = ...,
+        refused: _abc.Iterable[Global___Refused] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "plan", b"plan"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "plan", b"plan", "refused", b"refused"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -792,21 +816,48 @@ class Complete(_message.Message):
 
     PEER_FIELD_NUMBER: _builtins.int
     NORM_SQUARED_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
     peer: _builtins.str
     norm_squared: _builtins.bytes
+    """exact, of the span: big-endian, in units of 2^-298"""
+    seconds: _builtins.float
+    """that its chunks took to come, as this reducer saw it; 0 for its own"""
     def __init__(
         self,
         *,
         peer: _builtins.str = ...,
         norm_squared: _builtins.bytes = ...,
+        seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["norm_squared", b"norm_squared", "peer", b"peer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["norm_squared", b"norm_squared", "peer", b"peer", "seconds", b"seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Complete: _TypeAlias = Complete  # noqa: Y015
+
+@_typing.final
+class Refused(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    peer: _builtins.str
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        peer: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peer", b"peer", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Refused: _TypeAlias = Refused  # noqa: Y015
 
 @_typing.final
 class Seal(_message.Message):
@@ -837,17 +888,22 @@ class Sealed(_message.Message):
 
     PEER_FIELD_NUMBER: _builtins.int
     COEFFICIENT_FIELD_NUMBER: _builtins.int
+    NORM_SQUARED_FIELD_NUMBER: _builtins.int
     peer: _builtins.str
     coefficient: _builtins.int
+    """fp32 bits: weight share x clip factor, which anyone can compute from the norms"""
+    norm_squared: _builtins.bytes
+    """of the whole contribution: the sum of what the reducers reported"""
     def __init__(
         self,
         *,
         peer: _builtins.str = ...,
         coefficient: _builtins.int = ...,
+        norm_squared: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coefficient", b"coefficient", "peer", b"peer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coefficient", b"coefficient", "norm_squared", b"norm_squared", "peer", b"peer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -938,6 +994,9 @@ class StepReport(_message.Message):
     SPANS_FIELD_NUMBER: _builtins.int
     STATE_ROOT_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
+    RECEIPTS_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    DOTS_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     plan: _builtins.bytes
     seal: _builtins.bytes
@@ -951,6 +1010,18 @@ class StepReport(_message.Message):
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """seconds/exchange, seconds/step, bytes_sent, bytes_received"""
 
+    @_builtins.property
+    def receipts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """the reducer's signature of each span's SpanReceipt, 64 bytes, in order"""
+
+    @_builtins.property
+    def seconds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """that each span took to come from its reducer; 0 for the own, or from others"""
+
+    @_builtins.property
+    def dots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """of a reducer, over its span: the result's inner product with each sealed"""
+
     def __init__(
         self,
         *,
@@ -960,14 +1031,308 @@ class StepReport(_message.Message):
         spans: _abc.Iterable[Global___Blob] | None = ...,
         state_root: _builtins.bytes = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        receipts: _abc.Iterable[_builtins.bytes] | None = ...,
+        seconds: _abc.Iterable[_builtins.float] | None = ...,
+        dots: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics", b"metrics", "plan", b"plan", "seal", b"seal", "spans", b"spans", "state_root", b"state_root", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dots", b"dots", "metrics", b"metrics", "plan", b"plan", "receipts", b"receipts", "seal", b"seal", "seconds", b"seconds", "spans", b"spans", "state_root", b"state_root", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepReport: _TypeAlias = StepReport  # noqa: Y015
+
+@_typing.final
+class PullRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: _builtins.int
+    SPAN_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
+    plan: _builtins.bytes
+    span: _builtins.int
+    peer: _builtins.str
+    def __init__(
+        self,
+        *,
+        plan: _builtins.bytes = ...,
+        span: _builtins.int = ...,
+        peer: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peer", b"peer", "plan", b"plan", "span", b"span"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PullRequest: _TypeAlias = PullRequest  # noqa: Y015
+
+@_typing.final
+class AuditReport(_message.Message):
+    """chunks, stream "pull"; answered by Signed PushHeader, then one frame a chunk
+    P -> C: an auditor that the seal's hash drew has computed a span again
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: _builtins.int
+    SEAL_FIELD_NUMBER: _builtins.int
+    SPAN_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    plan: _builtins.bytes
+    seal: _builtins.bytes
+    span: _builtins.int
+    content: _builtins.bytes
+    """root that the span has by the rule; empty if not all chunks could be had"""
+    def __init__(
+        self,
+        *,
+        plan: _builtins.bytes = ...,
+        seal: _builtins.bytes = ...,
+        span: _builtins.int = ...,
+        content: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "plan", b"plan", "seal", b"seal", "span", b"span"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuditReport: _TypeAlias = AuditReport  # noqa: Y015
+
+@_typing.final
+class FaultReport(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
+    plan: _builtins.bytes
+    @_builtins.property
+    def proof(self) -> Global___Blob: ...
+    def __init__(
+        self,
+        *,
+        plan: _builtins.bytes = ...,
+        proof: Global___Blob | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["proof", b"proof"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "proof", b"proof"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FaultReport: _TypeAlias = FaultReport  # noqa: Y015
+
+@_typing.final
+class FaultProof(_message.Message):
+    """to anyone: a peer has signed what contradicts what it was committed to"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
+    SEAL_FIELD_NUMBER: _builtins.int
+    WRONG_SPAN_FIELD_NUMBER: _builtins.int
+    TWO_RECEIPTS_FIELD_NUMBER: _builtins.int
+    WRONG_PUSH_FIELD_NUMBER: _builtins.int
+    WRONG_CHUNK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def run(self) -> Global___Signed: ...
+    @_builtins.property
+    def plan(self) -> Global___Signed: ...
+    @_builtins.property
+    def seal(self) -> Global___Signed:
+        """for a wrong span"""
+
+    @_builtins.property
+    def wrong_span(self) -> Global___WrongSpan: ...
+    @_builtins.property
+    def two_receipts(self) -> Global___TwoReceipts: ...
+    @_builtins.property
+    def wrong_push(self) -> Global___WrongPush: ...
+    @_builtins.property
+    def wrong_chunk(self) -> Global___WrongChunk: ...
+    def __init__(
+        self,
+        *,
+        run: Global___Signed | None = ...,
+        plan: Global___Signed | None = ...,
+        seal: Global___Signed | None = ...,
+        wrong_span: Global___WrongSpan | None = ...,
+        two_receipts: Global___TwoReceipts | None = ...,
+        wrong_push: Global___WrongPush | None = ...,
+        wrong_chunk: Global___WrongChunk | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fault", b"fault", "plan", b"plan", "run", b"run", "seal", b"seal", "two_receipts", b"two_receipts", "wrong_chunk", b"wrong_chunk", "wrong_push", b"wrong_push", "wrong_span", b"wrong_span"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fault", b"fault", "plan", b"plan", "run", b"run", "seal", b"seal", "two_receipts", b"two_receipts", "wrong_chunk", b"wrong_chunk", "wrong_push", b"wrong_push", "wrong_span", b"wrong_span"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_fault: _TypeAlias = _typing.Literal["wrong_span", "two_receipts", "wrong_push", "wrong_chunk"]  # noqa: Y015
+    _WhichOneofArgType_fault: _TypeAlias = _typing.Literal["fault", b"fault"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_fault) -> _WhichOneofReturnType_fault | None: ...
+
+Global___FaultProof: _TypeAlias = FaultProof  # noqa: Y015
+
+@_typing.final
+class WrongSpan(_message.Message):
+    """against a reducer: its span is not the rule applied to the sealed chunks"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    SENDERS_FIELD_NUMBER: _builtins.int
+    FIRST_PIECE_FIELD_NUMBER: _builtins.int
+    PIECES_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
+    AUDIT_FIELD_NUMBER: _builtins.int
+    first: _builtins.int
+    """first chunk that is shown, counted in the vector; one, or all for some rules"""
+    first_piece: _builtins.int
+    """pieces of the span (as of a Blob) that hold these chunks' result"""
+    @_builtins.property
+    def receipt(self) -> Global___Signed: ...
+    @_builtins.property
+    def senders(self) -> _containers.RepeatedCompositeFieldContainer[Global___Shown]:
+        """by each sealed contributor, in the seal's order"""
+
+    @_builtins.property
+    def pieces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    @_builtins.property
+    def proof(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """of the pieces, up to the receipt's root"""
+
+    @_builtins.property
+    def audit(self) -> Global___Signed:
+        """against an auditor, too: it agreed with this span"""
+
+    def __init__(
+        self,
+        *,
+        receipt: Global___Signed | None = ...,
+        first: _builtins.int = ...,
+        senders: _abc.Iterable[Global___Shown] | None = ...,
+        first_piece: _builtins.int = ...,
+        pieces: _abc.Iterable[_builtins.bytes] | None = ...,
+        proof: _abc.Iterable[_builtins.bytes] | None = ...,
+        audit: Global___Signed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "receipt", b"receipt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "first", b"first", "first_piece", b"first_piece", "pieces", b"pieces", "proof", b"proof", "receipt", b"receipt", "senders", b"senders"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WrongSpan: _TypeAlias = WrongSpan  # noqa: Y015
+
+@_typing.final
+class Shown(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHUNKS_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def chunks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    @_builtins.property
+    def proof(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        chunks: _abc.Iterable[_builtins.bytes] | None = ...,
+        proof: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "proof", b"proof"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Shown: _TypeAlias = Shown  # noqa: Y015
+
+@_typing.final
+class TwoReceipts(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_FIELD_NUMBER: _builtins.int
+    SECOND_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def first(self) -> Global___Signed: ...
+    @_builtins.property
+    def second(self) -> Global___Signed: ...
+    def __init__(
+        self,
+        *,
+        first: Global___Signed | None = ...,
+        second: Global___Signed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "second", b"second"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "second", b"second"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TwoReceipts: _TypeAlias = TwoReceipts  # noqa: Y015
+
+@_typing.final
+class WrongPush(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    LEAVES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def header(self) -> Global___Signed: ...
+    @_builtins.property
+    def leaves(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        header: Global___Signed | None = ...,
+        leaves: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["header", b"header", "leaves", b"leaves"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WrongPush: _TypeAlias = WrongPush  # noqa: Y015
+
+@_typing.final
+class WrongChunk(_message.Message):
+    """that do not belong to the root it committed to
+    against a sender: it committed to a chunk that no encoder makes
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTRIBUTION_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    chunk: _builtins.bytes
+    @_builtins.property
+    def contribution(self) -> Global___Signed: ...
+    @_builtins.property
+    def proof(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """up to the contribution's root"""
+
+    def __init__(
+        self,
+        *,
+        contribution: Global___Signed | None = ...,
+        index: _builtins.int = ...,
+        chunk: _builtins.bytes = ...,
+        proof: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["contribution", b"contribution"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "contribution", b"contribution", "index", b"index", "proof", b"proof"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WrongChunk: _TypeAlias = WrongChunk  # noqa: Y015
 
 @_typing.final
 class VersionManifest(_message.Message):

@@ -216,7 +216,7 @@ def test_a_holder_that_stalls_does_not_take_the_others_time(tmp_path: Path) -> N
 
 
 def test_a_seal_cannot_weigh_a_contribution_more_than_whole() -> None:
-    plan = pb.RoundPlan(contributors=[pb.Contributor(peer="a")])
+    plan = pb.RoundPlan(contributors=[pb.Contributor(peer="a", weight=1)])
     check_seal(pb.Seal(plan=bytes(32), contributors=[pb.Sealed(peer="a", coefficient=fp32_bits(1.0))]), plan)
     for coefficient in (1.5, -0.5, 1e30):
         seal = pb.Seal(plan=bytes(32), contributors=[pb.Sealed(peer="a", coefficient=fp32_bits(coefficient))])

@@ -56,6 +56,7 @@ class Coordinator:
             scalars=SCALARS,
             exchange_seconds=1.0,
             step_seconds=1.0,
+            audit_seconds=1.0,
         )
         return manifest, plan, pb.Seal(contributors=[pb.Sealed(peer=PEERS[1], coefficient=fp32_bits(1.0))])
 
@@ -157,7 +158,7 @@ def _other_plan(entry: pb.ChainEntry, coordinator: Coordinator) -> None:
 
 def _other_seal(entry: pb.ChainEntry, coordinator: Coordinator) -> None:
     seal = pb.Seal.FromString(entry.seal.payload)
-    seal.contributors[0].coefficient = fp32_bits(0.5)
+    seal.contributors[0].norm_squared = b"\x07"  # of a mean, which needs no norms
     entry.seal.CopyFrom(coordinator.sign(seal))
 
 

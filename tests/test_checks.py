@@ -30,11 +30,21 @@ PLAN = pb.RoundPlan(
     scalars=SCALARS,
     exchange_seconds=1.0,
     step_seconds=1.0,
+    audit_seconds=1.0,
 )
 CROWD = [pb.Contributor(peer=f"{index:05}", weight=1, root=ROOT) for index in range(checks.MAX_ROSTER)]
 SENDERS = pb.SenderReport(plan=ROOT, complete=[pb.Complete(peer=peer, norm_squared=b"\x01") for peer in "ab"])
 SEAL = pb.Seal(plan=ROOT, contributors=[pb.Sealed(peer=peer, coefficient=fp32_bits(0.5)) for peer in "ac"])
-STEP = pb.StepReport(version=2, plan=ROOT, seal=ROOT, spans=[pb.Blob(root=ROOT)] * 2, state_root=ROOT)
+STEP = pb.StepReport(
+    version=2,
+    plan=ROOT,
+    seal=ROOT,
+    spans=[pb.Blob(root=ROOT)] * 2,
+    state_root=ROOT,
+    receipts=[bytes(64)] * 2,
+    seconds=[0.0, 0.5],
+    dots=[1.0, -2.0, 3.0],
+)
 MANIFEST = pb.VersionManifest(
     version=2, parent=ROOT, plan=ROOT, seal=ROOT, spans=[pb.Blob(root=ROOT)], state=pb.Blob(root=ROOT)
 )
@@ -172,6 +182,7 @@ CHANGES: dict[str, tuple[Message, list[Callable[[Any], None]]]] = {
             _set(exchange_seconds=0.0),
             _set(exchange_seconds=checks.MAX_SECONDS + 1.0),
             _set(step_seconds=float("nan")),
+            _set(audit_seconds=0.0),
         ],
     ),
     "sender report": (
@@ -180,6 +191,12 @@ CHANGES: dict[str, tuple[Message, list[Callable[[Any], None]]]] = {
             _each("complete", peer="b"),
             _each("complete", peer="d"),
             _each("complete", norm_squared=bytes(checks.MAX_NORM_BYTES + 1)),
+            _each("complete", seconds=-1.0),
+            _each("complete", seconds=float("nan")),
+            _set(refused=[pb.Refused(peer="a")]),
+            _set(refused=[pb.Refused(peer="d")]),
+            _set(refused=[pb.Refused(peer="c")] * 2),
+            _set(refused=[pb.Refused(peer="c", reason="x" * (checks.MAX_REFUSED_REASON + 1))]),
         ],
     ),
     "seal": (
@@ -190,6 +207,8 @@ CHANGES: dict[str, tuple[Message, list[Callable[[Any], None]]]] = {
             _set(contributors=SEAL.contributors[::-1]),
             _each("contributors", 1, peer="a"),
             _each("contributors", 1, peer="d"),
+            _each("contributors", norm_squared=bytes(checks.MAX_NORM_BYTES + 1)),
+            _each("contributors", coefficient=fp32_bits(0.25)),
             _each("contributors", coefficient=fp32_bits(INFINITE)),
             _each("contributors", coefficient=0x7FC00000),
         ],
@@ -202,6 +221,12 @@ CHANGES: dict[str, tuple[Message, list[Callable[[Any], None]]]] = {
             _set(spans=[pb.Blob(root=ROOT)]),
             _set(spans=[pb.Blob(root=ROOT)] * 3),
             _each("spans", 1, root=b""),
+            _set(receipts=[bytes(64)]),
+            _set(receipts=[bytes(64), bytes(63)]),
+            _set(seconds=[1.0]),
+            _set(seconds=[1.0, -1.0]),
+            _set(dots=[1.0] * 5),
+            _set(dots=[INFINITE]),
             *BAD_METRICS,
         ],
     ),

@@ -12,7 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hivegrpo.peer.floats import NonFiniteError
-from hivegrpo.peer.swarm.codecs import BLOCK, CODECS, Codec, MxInt8, decode_vector, encode_vector, get_codec
+from hivegrpo.peer.swarm.codecs.base import Codec
+from hivegrpo.peer.swarm.codecs.microscaling import BLOCK
+from hivegrpo.peer.swarm.codecs.mxint8 import MxInt8
+from hivegrpo.peer.swarm.codecs.registry import CODECS, get_codec
+from hivegrpo.peer.swarm.codecs.vectors import decode_vector, encode_vector
 from hivegrpo.protocol.chunks import CHUNK_VALUES
 from hivegrpo.protocol.errors import CommitmentError, ConfigError
 

@@ -160,6 +160,7 @@ def test_strangers_throw_garbage_at_every_handler_and_the_run_ends_well(tmp_path
     async def scenario() -> None:
         coordinator = await swarm.start_coordinator()
         peers = [await swarm.start_peer(name, IntegerLearner(VALUES)) for name in ("a", "b", "c")]
+        await swarm.committed(0)  # so that everybody serves
         stranger = swarm.network.join(STRANGER)
         await stranger.connect(coordinator.transport.addresses())
         await stranger.connect(peers[0].transport.addresses())

@@ -15,7 +15,8 @@ from hivegrpo.peer.learn.gradient import rollout_gradient
 from hivegrpo.peer.learn.learner import LearnedContribution
 from hivegrpo.peer.learn.policy import Policy
 from hivegrpo.peer.learn.rollout import Rollout
-from hivegrpo.peer.swarm.codecs import decode_vector, get_codec
+from hivegrpo.peer.swarm.codecs.registry import get_codec
+from hivegrpo.peer.swarm.codecs.vectors import decode_vector
 from hivegrpo.protocol.blobstream import BlobStore
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.config import GrpoSection

@@ -16,7 +16,7 @@ from hivegrpo.peer.floats import NonFiniteError, keep_subnormals
 from hivegrpo.peer.learn.genesis import genesis_parameters
 from hivegrpo.peer.learn.step import PolicyState, adamw_step, state_bytes, state_from_bytes, state_size
 from hivegrpo.peer.numerics import integer_floats
-from hivegrpo.peer.swarm.rules import get_rule
+from hivegrpo.peer.swarm.rules.registry import get_rule
 from hivegrpo.protocol.chunks import CHUNK_VALUES
 from hivegrpo.protocol.errors import CommitmentError, ConfigError, NumericsError
 from hivegrpo.protocol.scalars import StepScalars, to_fp32
@@ -147,30 +147,35 @@ def test_a_restored_state_has_its_own_memory() -> None:
     assert state.parameters.tolist() == [1.0] * 4
 
 
+def mean(chunks: list[torch.Tensor], coefficients: list[float]) -> torch.Tensor:
+    (result,) = get_rule("mean").reduce(range(1), lambda _: chunks, coefficients)
+    return result
+
+
 def test_the_mean_adds_from_left_to_right() -> None:
     big, one = torch.full((5,), 2.0**24), torch.ones(5)
     # 2^24 + 1 is a tie that goes to 2^24, twice; 1 + 1 + 2^24 is exact.
-    assert get_rule("mean").reduce([big, one, one], [1.0, 1.0, 1.0]).tolist() == [2.0**24] * 5
-    assert get_rule("mean").reduce([one, one, big], [1.0, 1.0, 1.0]).tolist() == [2.0**24 + 2] * 5
+    assert mean([big, one, one], [1.0, 1.0, 1.0]).tolist() == [2.0**24] * 5
+    assert mean([one, one, big], [1.0, 1.0, 1.0]).tolist() == [2.0**24 + 2] * 5
 
 
 def test_the_mean_rounds_each_product() -> None:
     ulp = 2.0**-23
     x = torch.full((100,), 1 + ulp)
     # (1 + ulp)^2 = 1 + 2 ulp + ulp^2 rounds to 1 + 2 ulp; a fused multiply-add would leave ulp^2 behind.
-    assert get_rule("mean").reduce([torch.full((100,), -1 - 2 * ulp), x], [1.0, 1 + ulp]).tolist() == [0.0] * 100
+    assert mean([torch.full((100,), -1 - 2 * ulp), x], [1.0, 1 + ulp]).tolist() == [0.0] * 100
 
 
 @pytest.mark.usefixtures("flushing")
 def test_the_mean_keeps_subnormals() -> None:
     smallest = torch.tensor([1], dtype=torch.int32).view(torch.float32)
-    result = get_rule("mean").reduce([smallest, smallest], [1.0, 1.0])
+    result = mean([smallest, smallest], [1.0, 1.0])
     assert result.view(torch.int32).tolist() == [2]
 
 
 def test_the_mean_leaves_the_contributions_as_they_are() -> None:
     chunks = [torch.ones(3), torch.ones(3)]
-    get_rule("mean").reduce(chunks, [1.0, 1.0])
+    mean(chunks, [1.0, 1.0])
     assert [chunk.tolist() for chunk in chunks] == [[1.0] * 3] * 2
 
 

@@ -14,7 +14,8 @@ from support.swarm import Swarm
 from hivegrpo.cli.prepare import prepare_run
 from hivegrpo.peer.home import PeerHome
 from hivegrpo.peer.preparation import _load
-from hivegrpo.peer.swarm.codecs import decode_vector, get_codec
+from hivegrpo.peer.swarm.codecs.registry import get_codec
+from hivegrpo.peer.swarm.codecs.vectors import decode_vector
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobstream import BlobStore
 from hivegrpo.protocol.chain import Chain

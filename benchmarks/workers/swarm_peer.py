@@ -26,7 +26,8 @@ from hivegrpo.peer.home import PeerHome
 from hivegrpo.peer.learn.evaluation import Evaluation
 from hivegrpo.peer.learn.learner import LearnedContribution
 from hivegrpo.peer.swarm import replay
-from hivegrpo.peer.swarm.codecs import Codec, decode_vector
+from hivegrpo.peer.swarm.codecs.base import Codec
+from hivegrpo.peer.swarm.codecs.vectors import decode_vector
 from hivegrpo.peer.swarm.session import REPORT
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobstream import BlobStore

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hivegrpo.peer.swarm.codecs import get_codec
+from hivegrpo.peer.swarm.codecs.registry import get_codec
 from hivegrpo.peer.swarm.contribution import ContributionStore
 from hivegrpo.peer.swarm.reducer import SpanLayout, reduce_span
 from hivegrpo.protocol.blobs import blob_root

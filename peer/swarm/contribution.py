@@ -7,7 +7,9 @@ from typing import Self
 
 import torch
 
-from hivegrpo.peer.swarm.codecs import Codec, encode_vector
+from hivegrpo.peer.swarm.codecs.base import Codec
+from hivegrpo.peer.swarm.codecs.vectors import encode_vector
+from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.chunks import chunk_count, chunk_values
 from hivegrpo.protocol.files import write_whole
 from hivegrpo.protocol.merkle import leaf_hash, merkle_root, range_proof
@@ -34,9 +36,10 @@ class EncodedVector:
         """What the peer commits to."""
         return merkle_root(self.leaves)
 
-    def proof(self, span: range) -> list[bytes]:
-        """Hashes with which the chunks of `span` can be checked against `root`."""
-        return range_proof(self.leaves, span)
+    def header(self, plan: bytes, index: int, span: range) -> pb.PushHeader:
+        """What is said of the chunks `span` before they are sent: their own root, and the proof up to `root`."""
+        content = merkle_root(self.leaves[span.start : span.stop])
+        return pb.PushHeader(plan=plan, span=index, proof=range_proof(self.leaves, span), content=content)
 
 
 class ContributionStore:

@@ -97,9 +97,10 @@ class Exchange:
         self.seconds = time.perf_counter() - self.began
         return [self.spans[index] for index in range(len(self.spans))]
 
-    async def serve_push(self, stream: Stream, header: pb.PushHeader) -> None:
+    async def serve_push(self, stream: Stream, signed: pb.Signed) -> None:
         """Take a sender's chunks."""
-        if self.reducer is None or header.span != self.reducer.span:
+        header = open_signed(signed, self._run_id, pb.PushHeader, signer=stream.remote)
+        if self.reducer is None or header.message.span != self.reducer.span:
             raise StaleError("this peer does not reduce that span")
         try:
             async with asyncio.timeout(self.plan.message.exchange_seconds):
@@ -125,14 +126,14 @@ class Exchange:
     async def _push_span(self, index: int) -> None:
         layout = SpanLayout.of(self.plan.message, index)
         chunks = list(self._own.chunks[layout.chunks.start : layout.chunks.stop])
-        proof = self._own.proof(layout.chunks)
+        header = self._own.header(self.plan.digest, index, layout.chunks)
         if self.reducer is not None and index == self.reducer.span:
-            await self.reducer.take(self._identity.peer_id, chunks, proof)
+            await self.reducer.take(self._identity.peer_id, chunks, header)
             return
-        header = pb.PushHeader(plan=self.plan.digest, span=index, proof=proof)
-        await self._retry(lambda: self._push_once(index, header, chunks), self.plan.message.exchange_seconds)
+        signed = sign(self._identity, self._run_id, header)
+        await self._retry(lambda: self._push_once(index, signed, chunks), self.plan.message.exchange_seconds)
 
-    async def _push_once(self, index: int, header: pb.PushHeader, chunks: list[bytes]) -> None:
+    async def _push_once(self, index: int, header: pb.Signed, chunks: list[bytes]) -> None:
         async with await self._directory.open_stream(self.plan.message.reducers[index].peer, PUSH) as stream:
             await stream.send(header.SerializeToString())
             for chunk in chunks:
@@ -233,9 +234,9 @@ class ExchangeServer:
             self._changed.notify_all()
 
     async def _on_push(self, stream: Stream) -> None:
-        header = parse(pb.PushHeader, await stream.receive(MAX_HEADER_BYTES))
-        exchange = await self._find(header.plan)
-        await exchange.serve_push(stream, header)
+        signed = parse(pb.Signed, await stream.receive(MAX_HEADER_BYTES))
+        exchange = await self._find(parse(pb.PushHeader, signed.payload).plan)
+        await exchange.serve_push(stream, signed)
 
     async def _on_span(self, stream: Stream) -> None:
         request = parse(pb.SpanRequest, await stream.receive(MAX_HEADER_BYTES))

@@ -4,14 +4,17 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hivegrpo.peer.swarm.codecs import Codec, get_codec
-from hivegrpo.peer.swarm.rules import get_rule
+from torch import Tensor
+
+from hivegrpo.peer.swarm.codecs.base import Codec
+from hivegrpo.peer.swarm.codecs.registry import get_codec
+from hivegrpo.peer.swarm.rules.registry import get_rule
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.checks import MAX_NORM_BYTES
 from hivegrpo.protocol.chunks import chunk_count, chunk_values
+from hivegrpo.protocol.coefficients import norm_bytes
 from hivegrpo.protocol.envelope import Opened
 from hivegrpo.protocol.errors import CommitmentError, FrameError, RosterError
-from hivegrpo.protocol.merkle import check_range, leaf_hash
+from hivegrpo.protocol.merkle import check_range, leaf_hash, merkle_root
 from hivegrpo.protocol.scalars import fp32_from_bits
 from hivegrpo.protocol.transport.base import Stream
 
@@ -58,9 +61,9 @@ class SpanReducer:
         self._receiving: set[str] = set()
         self.all_complete = asyncio.Event()
 
-    async def receive(self, stream: Stream, header: pb.PushHeader) -> None:
+    async def receive(self, stream: Stream, header: Opened[pb.PushHeader]) -> None:
         """Take a sender's chunks off `stream`; a WireError if anything differs from the plan or the commitment."""
-        sender = stream.remote
+        sender = header.signer
         if sender not in self._roots:
             raise RosterError(f"{sender} is not in the plan's roster")
         if sender in self._receiving:
@@ -69,15 +72,18 @@ class SpanReducer:
             return
         self._receiving.add(sender)
         try:
-            await self.take(sender, [await self._frame(stream, size) for size in self.layout.sizes], header.proof)
+            chunks = [await self._frame(stream, size) for size in self.layout.sizes]
+            await self.take(sender, chunks, header.message)
         finally:
             self._receiving.discard(sender)
 
-    async def take(self, sender: str, chunks: list[bytes], proof: Sequence[bytes]) -> None:
-        """Check a sender's chunks against its committed root and keep them."""
+    async def take(self, sender: str, chunks: list[bytes], header: pb.PushHeader) -> None:
+        """Check a sender's chunks against what it says it sends, and against its committed root, and keep them."""
         leaves = [leaf_hash(chunk) for chunk in chunks]
+        if merkle_root(leaves) != header.content:
+            raise CommitmentError("the chunks are not those that the push's header announces")
         total = chunk_count(self.plan.message.values)
-        check_range(self._roots[sender], total, self.layout.chunks, leaves, proof)
+        check_range(self._roots[sender], total, self.layout.chunks, leaves, header.proof)
         norm_squared = await asyncio.to_thread(self._norm_squared, chunks)
         if norm_squared > MAX_NORM_SQUARED:
             raise CommitmentError(f"{sender} contributes values so large that the step would overflow")
@@ -87,10 +93,7 @@ class SpanReducer:
 
     def report(self) -> pb.SenderReport:
         """Who is complete, with the exact squared norm of each one's span."""
-        complete = [
-            pb.Complete(peer=peer, norm_squared=self._norms[peer].to_bytes(MAX_NORM_BYTES, "big").lstrip(b"\x00"))
-            for peer in sorted(self._chunks)
-        ]
+        complete = [pb.Complete(peer=peer, norm_squared=norm_bytes(self._norms[peer])) for peer in sorted(self._chunks)]
         return pb.SenderReport(plan=self.plan.digest, complete=complete)
 
     def has_all(self, seal: pb.Seal) -> bool:
@@ -120,8 +123,9 @@ def reduce_span(plan: pb.RoundPlan, span: int, seal: pb.Seal, chunks: Mapping[st
     """
     codec, rule = get_codec(plan.codec), get_rule(plan.rule)
     coefficients = [fp32_from_bits(sealed.coefficient) for sealed in seal.contributors]
-    parts = []
-    for index, values in enumerate(SpanLayout.of(plan, span).values):
-        decoded = [codec.decode(chunks[sealed.peer][index], values) for sealed in seal.contributors]
-        parts.append(codec.encode(rule.reduce(decoded, coefficients)))
-    return b"".join(parts)
+    values = SpanLayout.of(plan, span).values
+
+    def decode(index: int) -> list[Tensor]:
+        return [codec.decode(chunks[sealed.peer][index], values[index]) for sealed in seal.contributors]
+
+    return b"".join(map(codec.encode, rule.reduce(range(len(values)), decode, coefficients)))

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from hivegrpo.peer.learn.step import PolicyState, adamw_step
-from hivegrpo.peer.swarm.codecs import decode_vector, get_codec
+from hivegrpo.peer.swarm.codecs.registry import get_codec
+from hivegrpo.peer.swarm.codecs.vectors import decode_vector
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.scalars import StepScalars
 

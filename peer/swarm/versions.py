@@ -16,6 +16,7 @@ from hivegrpo.protocol.blobs import BlobRef, blob_root
 from hivegrpo.protocol.blobstream import BlobStore
 from hivegrpo.protocol.chain import Entry
 from hivegrpo.protocol.chainfile import ChainFile
+from hivegrpo.protocol.coefficients import planned_rule
 from hivegrpo.protocol.config import RunConfig
 from hivegrpo.protocol.envelope import parse
 from hivegrpo.protocol.errors import ChainError, CommitmentError, StaleError
@@ -63,7 +64,7 @@ class Versions:
     def check_plan(self, plan: pb.RoundPlan) -> None:
         """StaleError unless the plan continues this chain, with the run's own codec, rule and vector."""
         head, averaging = self.chain.head, self._config.averaging
-        run = (averaging.codec, averaging.rule, self.values)
+        run = (averaging.codec, planned_rule(averaging.rule, len(plan.contributors)), self.values)
         if head is None or plan.parent != head.manifest.digest or (plan.codec, plan.rule, plan.values) != run:
             raise StaleError("a plan for another chain, or with other terms than the run's")
 

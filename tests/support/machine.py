@@ -160,6 +160,7 @@ class Machine:
             seal=attempt.seal_digest,
             spans=[pb.Blob(root=bytes([index]) * 32, size=9) for index in range(len(self.plan.reducers))],
             state_root=root or bytes([self.plan.version]) * 32,
+            receipts=[bytes(64)] * len(self.plan.reducers),
         )
 
     def vote(self, *peers: str, root: bytes | None = None) -> None:

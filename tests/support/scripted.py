@@ -232,6 +232,7 @@ class ScriptedPeer:
                     seal=digest_of(signed.payload),
                     spans=[pb.Blob(root=digest, size=9) for _ in plan.reducers],
                     state_root=blob_ref(state_of(plan.version)).root,
+                    receipts=[bytes(64)] * len(plan.reducers),
                 )
                 await self.report(vote)
             case pb.VersionManifest():

@@ -15,7 +15,8 @@ from hivegrpo.peer.learn.digests import model_digests
 from hivegrpo.peer.learn.genesis import genesis_parameters
 from hivegrpo.peer.learn.policy import describe_layout
 from hivegrpo.peer.learn.step import PolicyState, adamw_step, state_bytes
-from hivegrpo.peer.swarm.codecs import decode_vector, encode_vector, get_codec
+from hivegrpo.peer.swarm.codecs.registry import get_codec
+from hivegrpo.peer.swarm.codecs.vectors import decode_vector, encode_vector
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobs import BlobRef, blob_ref
 from hivegrpo.protocol.blobstream import BlobStore
@@ -154,6 +155,7 @@ def take_step(
         scalars=scalars.to_bits(),
         exchange_seconds=1.0,
         step_seconds=1.0,
+        audit_seconds=1.0,
     )
     signed_plan = sign(coordinator, run_id, plan)
     plan_digest = bytes.fromhex(run_id_of(signed_plan.payload))

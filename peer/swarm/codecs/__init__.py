@@ -1,0 +1,1 @@
+"""Encodings of a gradient's chunks, one file a format."""

@@ -1,0 +1,35 @@
+"""No encoding at all."""
+
+import torch
+from torch import Tensor
+
+from hivegrpo.peer.floats import require_finite
+from hivegrpo.peer.swarm.codecs.base import Codec, check_chunk
+from hivegrpo.peer.swarm.codecs.bits import INFINITE, MAGNITUDE, MANTISSA_BITS, shifted_sum, split_bits
+from hivegrpo.protocol.errors import CommitmentError
+
+
+class Float32(Codec):
+    """The values themselves, IEEE 754 binary32, little-endian."""
+
+    name = "fp32"
+    version = 1
+
+    def encoded_size(self, values: int) -> int:
+        return 4 * values
+
+    def encode(self, chunk: Tensor) -> bytes:
+        check_chunk(chunk)
+        require_finite(chunk, "The vector to encode")
+        return chunk.numpy().astype("<f4", copy=False).tobytes()
+
+    def decode(self, data: bytes | memoryview, values: int) -> Tensor:
+        chunk = self._bytes(data, values).view(torch.float32)
+        if int((chunk.view(torch.int32) & MAGNITUDE).amax()) >> MANTISSA_BITS == INFINITE:
+            raise CommitmentError("a chunk holds a NaN or an infinity")
+        return chunk
+
+    def norm_squared(self, data: bytes | memoryview, values: int) -> int:
+        mantissa, exponent = split_bits(self.decode(data, values).view(torch.int32) & MAGNITUDE)
+        # A value is mantissa * 2^(exponent - 150). The squares, below 2^48, are summed for each exponent apart.
+        return shifted_sum(mantissa.long().square_(), exponent, factor=2, offset=-2)

@@ -1,0 +1,1 @@
+"""How the contributions to a span become one, one file a rule."""
