@@ -46,8 +46,8 @@ class FramedStream(Stream):
         if not self._open:
             raise RemoteError(f"the stream to {self.remote} is closed")
         try:
-            self._writer.write(size.to_bytes(PREFIX_BYTES, "big"))
-            self._writer.write(body)
+            # In one piece: written apart, the prefix would be a packet of its own all the way.
+            self._writer.write(b"".join((size.to_bytes(PREFIX_BYTES, "big"), body)))
             async with asyncio.timeout(timeout):
                 await self._writer.drain()
         except TimeoutError:
