@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import assert_never
 
 from hivegrpo.coordinator import events as ev
-from hivegrpo.coordinator.round import EVALUATION_PREFIX, Attempt, Granted, Held, Round, ballot_of
+from hivegrpo.coordinator.round import EVALUATION_PREFIX, Attempt, Granted, Held, Round, ballot_of, empty_pause
 from hivegrpo.coordinator.state import Head, Member, Phase, State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.envelope import digest_of, parse
@@ -50,9 +50,10 @@ def apply(state: State, event: ev.Event) -> None:
         case ev.RoundAbandoned(reason=reason):
             state.trouble = reason
             _begin_rollout(state)
-        case ev.RoundEmpty():
+        case ev.RoundEmpty(at=at):
             state.empty_rounds += 1
             _begin_rollout(state)
+            state.round.resume_at = at + empty_pause(state.empty_rounds)
         case ev.VersionCommitted(payload=payload):
             _commit(state, payload)
         case _:
@@ -70,6 +71,7 @@ def _start(state: State, at: float) -> None:
     if current.rollout_at is not None:
         current.rollout_at = at
     current.closed_at = at
+    current.resume_at = min(current.resume_at, at)
     if current.attempt is not None:
         current.attempt.planned_at = at
         current.attempt.sealed_at = at

@@ -8,6 +8,11 @@ from hivegrpo.protocol import hivegrpo_pb2 as pb
 EXTRA_SECONDS = 2.0
 """Beyond a plan's own durations, for messages that are under way."""
 
+EMPTY_SECONDS = 0.5
+"""Pause after the second empty round in a row; each further one doubles it, up to `MOST_EMPTY_SECONDS`."""
+
+MOST_EMPTY_SECONDS = 30.0
+
 LAST_VOTES_SECONDS = 0.5
 """How long a version that has its quorum waits for the votes that are still to come."""
 
@@ -21,6 +26,11 @@ EVALUATION_PREFIX = "eval/"
 def ballot_of(report: pb.StepReport) -> Ballot:
     """What a step report votes for."""
     return report.state_root, tuple((span.root, span.size) for span in report.spans)
+
+
+def empty_pause(rounds: int) -> float:
+    """Seconds without leases after so many empty rounds in a row: none after one, which may be bad luck."""
+    return 0.0 if rounds < 2 else min(EMPTY_SECONDS * 2.0 ** min(rounds - 2, 30), MOST_EMPTY_SECONDS)
 
 
 @dataclass(slots=True)
@@ -106,6 +116,8 @@ class Round:
     """When the first lease was granted."""
     closed_at: float = 0.0
     """When the rollout was closed, or the last attempt failed."""
+    resume_at: float = 0.0
+    """No lease is granted before."""
     evaluating: bool = False
     """Whether a live lease, or a contribution, has the held-out measurement."""
     evaluation: dict[str, float] = field(default_factory=dict)
