@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import assert_never
 
 from hivegrpo.coordinator import events as ev
+from hivegrpo.coordinator.rates import follow
 from hivegrpo.coordinator.round import EVALUATION_PREFIX, Attempt, Granted, Held, Round, ballot_of, empty_pause
 from hivegrpo.coordinator.state import Head, Member, Phase, State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
@@ -207,9 +208,7 @@ def _report_senders(state: State, signed: pb.Signed) -> None:
     report = parse(pb.SenderReport, signed.payload)
     attempt = state.round.attempt
     assert attempt is not None
-    attempt.reports[signed.signer] = {
-        complete.peer: int.from_bytes(complete.norm_squared, "big") for complete in report.complete
-    }
+    attempt.take_report(signed.signer, report)
 
 
 def _seal(state: State, payload: bytes, at: float) -> None:
@@ -225,9 +224,9 @@ def _vote(state: State, signed: pb.Signed, at: float) -> None:
     ballot = ballot_of(report)
     current, last = state.round.attempt, state.last
     if current is not None and report.plan == current.digest:
-        current.vote(signed.signer, ballot, at)
+        current.take_vote(signed.signer, report, at)
     elif last is not None and report.plan == last.digest:
-        last.vote(signed.signer, ballot, at)
+        last.take_vote(signed.signer, report, at)
         if ballot == last.winner():
             _hold(state, signed.signer, report.version, report.state_root)
 
@@ -245,6 +244,7 @@ def _commit(state: State, payload: bytes) -> None:
     state.empty_rounds = 0
     state.trouble = ""
     if attempt is not None:
+        follow(state.rates, attempt)
         for peer in _voters(attempt, manifest.state.root):
             state.members[peer].ready, state.members[peer].ready_root = manifest.version, manifest.state.root
     state.round = Round(manifest.version + 1)

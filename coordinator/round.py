@@ -62,6 +62,14 @@ class Attempt:
     roster: frozenset[str]
     reports: dict[str, dict[str, int]] = field(default_factory=dict)
     """By reducer: the senders whose chunks it has whole, with the exact squared norm of each one's span."""
+    pushes: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By reducer: seconds that each sender's chunks took to come."""
+    refused: dict[str, dict[str, str]] = field(default_factory=dict)
+    """By reducer: whose push it cut off, and why."""
+    fetches: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """By voter: seconds that each span took to come from its reducer; 0 if it came from elsewhere."""
+    dots: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """By reducer: its span's inner product with each sealed contribution's, and with itself."""
     seal: pb.Seal | None = None
     seal_payload: bytes = b""
     seal_digest: bytes = b""
@@ -75,6 +83,20 @@ class Attempt:
     def quorum(self) -> int:
         """Votes that commit: two thirds of the roster, rounded up."""
         return -(-2 * len(self.roster) // 3)
+
+    def take_report(self, reducer: str, report: pb.SenderReport) -> None:
+        """Note a reducer's only report."""
+        self.reports[reducer] = {
+            complete.peer: int.from_bytes(complete.norm_squared, "big") for complete in report.complete
+        }
+        self.pushes[reducer] = {complete.peer: complete.seconds for complete in report.complete}
+        self.refused[reducer] = {item.peer: item.reason for item in report.refused}
+
+    def take_vote(self, peer: str, report: pb.StepReport, at: float) -> None:
+        """Count a peer's only vote, and note what it saw."""
+        self.fetches[peer] = tuple(report.seconds)
+        self.dots[peer] = tuple(report.dots)
+        self.vote(peer, ballot_of(report), at)
 
     def vote(self, peer: str, ballot: Ballot, at: float) -> None:
         """Count a peer's only vote."""
