@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from typing import assert_never
 
 from hivegrpo.coordinator import events as ev
-from hivegrpo.coordinator.round import EVALUATION_PREFIX, Attempt, Audit, Granted, Held, Round, ballot_of
+from hivegrpo.coordinator.rates import follow
+from hivegrpo.coordinator.round import EVALUATION_PREFIX, Attempt, Audit, Granted, Held, Round, ballot_of, empty_pause
 from hivegrpo.coordinator.state import Ban, Head, Member, Phase, State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.audits import draw
@@ -55,9 +56,10 @@ def apply(state: State, event: ev.Event) -> None:
         case ev.RoundAbandoned(reason=reason):
             state.trouble = reason
             _begin_rollout(state)
-        case ev.RoundEmpty():
+        case ev.RoundEmpty(at=at):
             state.empty_rounds += 1
             _begin_rollout(state)
+            state.round.resume_at = at + empty_pause(state.empty_rounds)
         case ev.VersionCommitted(payload=payload):
             _commit(state, payload)
         case _:
@@ -75,6 +77,7 @@ def _start(state: State, at: float) -> None:
     if current.rollout_at is not None:
         current.rollout_at = at
     current.closed_at = at
+    current.resume_at = min(current.resume_at, at)
     if current.attempt is not None:
         current.attempt.planned_at = at
         current.attempt.sealed_at = at
@@ -210,9 +213,7 @@ def _report_senders(state: State, signed: pb.Signed) -> None:
     report = parse(pb.SenderReport, signed.payload)
     attempt = state.round.attempt
     assert attempt is not None
-    attempt.reports[signed.signer] = {
-        complete.peer: int.from_bytes(complete.norm_squared, "big") for complete in report.complete
-    }
+    attempt.take_report(signed.signer, report)
 
 
 def _seal(state: State, payload: bytes, at: float) -> None:
@@ -266,6 +267,7 @@ def _commit(state: State, payload: bytes) -> None:
     state.empty_rounds = 0
     state.trouble = ""
     if attempt is not None:
+        follow(state.rates, attempt)
         for peer in _voters(attempt, manifest.state.root):
             state.members[peer].ready, state.members[peer].ready_root = manifest.version, manifest.state.root
     state.round = Round(manifest.version + 1)

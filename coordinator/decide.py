@@ -77,6 +77,8 @@ def _rollout(state: State, now: float) -> Decision:
     expired = tuple(_expiries(state, now))
     if expired:
         return Decision(expired)
+    if now < state.round.resume_at:
+        return Decision(wake=state.round.resume_at)
     config, current = state.terms.config, state.round
     deadline = None if current.rollout_at is None else current.rollout_at + config.timing.lease
     late = bool(current.contributions) and deadline is not None and now >= deadline

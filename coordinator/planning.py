@@ -7,10 +7,11 @@ from google.protobuf.message import Message
 
 from hivegrpo.coordinator.metrics import merge_metrics
 from hivegrpo.coordinator.round import Attempt, Ballot, Held
+from hivegrpo.coordinator.shares import shares, spans
 from hivegrpo.coordinator.state import State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.checks import MAX_LEASE_POSITIONS, MAX_REDUCERS
-from hivegrpo.protocol.chunks import chunk_count, split_evenly
+from hivegrpo.protocol.chunks import chunk_count
 from hivegrpo.protocol.coefficients import coefficients, norm_bytes, planned_rule
 from hivegrpo.protocol.config import GrpoSection, RunConfig
 from hivegrpo.protocol.envelope import digest_of
@@ -87,8 +88,9 @@ def plan_payload(state: State, peers: Sequence[str]) -> bytes | None:
         return None
     if current.tries > 1:
         reachable = sorted(_draw(reachable, head.digest, current.attempts + 1))
-    reducers = reachable[: min(MAX_REDUCERS, chunks)]
-    spans = split_evenly(chunks, len(reducers))
+    if len(reachable) > MAX_REDUCERS:
+        reachable = sorted(sorted(reachable, key=lambda peer: -state.rates.get(peer, 0.0))[:MAX_REDUCERS])
+    sizes = shares(chunks, [state.rates.get(peer) for peer in reachable], len(roster))
     optimizer = config.optimizer
     scalars = StepScalars.for_step(
         current.version,
@@ -108,7 +110,8 @@ def plan_payload(state: State, peers: Sequence[str]) -> bytes | None:
         contributors=[_contributor(peer, current.contributions[peer]) for peer in roster],
         reducers=[
             pb.Reducer(peer=peer, addresses=_dialled(state, peer), first=span.start, chunks=len(span))
-            for peer, span in zip(reducers, spans, strict=True)
+            for peer, span in zip(reachable, spans(sizes), strict=True)
+            if span
         ],
         scalars=scalars.to_bits(),
         exchange_seconds=config.timing.exchange,

@@ -115,6 +115,8 @@ class State:
     """Live leases by id, oldest first."""
     next_lease: int = 1
     positions: Positions = field(default_factory=Positions)
+    rates: dict[str, float] = field(default_factory=dict)
+    """Upload rates of peers, bytes a second, as far as others saw enough of them."""
     empty_rounds: int = 0
     """Rounds in a row in which nothing could be learnt."""
     trouble: str = ""

@@ -245,6 +245,8 @@ class Volunteer:
             spans=[span.content for span in spans],
             state_root=root,
             receipts=[span.receipt.signature for span in spans],
+            seconds=exchange.span_seconds,
+            dots=exchange.dots,
             metrics={
                 "seconds/exchange": exchange.seconds,
                 "seconds/step": time.perf_counter() - exchange.began - exchange.seconds,

@@ -67,6 +67,10 @@ class Exchange:
         self.began = time.perf_counter()
         self.seconds = 0.0
         """From the plan until all spans are here."""
+        self.span_seconds = [0.0] * len(plan.message.reducers)
+        """That each span took to come from its reducer; 0 for the own, and from others."""
+        self.dots: list[float] = []
+        """Of the own span, as `SpanReducer.dots` has them; filled before `collect` returns."""
         self.bytes_sent = 0
         self.bytes_received = 0
         self._on_bad_push = on_bad_push
@@ -114,12 +118,17 @@ class Exchange:
         try:
             async with asyncio.timeout(self.plan.message.exchange_seconds):
                 await self.reducer.receive(stream, header)
-        except RefusedPush as error:
+        except TimeoutError:
+            reason = f"the push did not end within {self.plan.message.exchange_seconds:g} s"
+            self.reducer.refuse(stream.remote, reason)
+            raise StaleError(reason) from None
+        except WireError as error:
+            self.reducer.refuse(stream.remote, error.message)
+            if not isinstance(error, RefusedPush):
+                raise
             if self._on_bad_push is not None:
                 self._on_bad_push(Sent(header, error.chunks))
             raise CommitmentError(error.message) from None
-        except TimeoutError:
-            raise StaleError(f"the push did not end within {self.plan.message.exchange_seconds:g} s") from None
         self.pulls.keep_header(signed)
         await stream.send(pb.Ack(accepted=True).SerializeToString())
         self._count(stream)
@@ -159,7 +168,10 @@ class Exchange:
 
     async def _obtain(self, index: int, seal: Opened[pb.Seal]) -> None:
         if self.reducer is not None and index == self.reducer.span:
-            await self._keep(index, await self._reduce(self.reducer, seal))
+            span = await self._reduce(self.reducer, seal)
+            await self._keep(index, span)
+            loop = asyncio.get_running_loop()
+            self.dots = await loop.run_in_executor(self._worker, self.reducer.dots, seal.message, span.data)
             return
         layout = SpanLayout.of(self.plan.message, index)
         first = self.plan.message.reducers[index].peer
@@ -199,7 +211,10 @@ class Exchange:
             ref = BlobRef(receipt.content.root, layout.size)
             if receipt.content.size != layout.size:
                 raise CommitmentError(f"a span of {receipt.content.size} bytes where the plan says {layout.size}")
+            began = time.perf_counter()
             pieces = [await stream.receive(ref.piece_size(piece)) for piece in range(ref.pieces)]
+            if source == self.plan.message.reducers[index].peer:
+                self.span_seconds[index] = time.perf_counter() - began
             self._count(stream)
         data = b"".join(pieces)
         if len(data) != ref.size or blob_root(data) != ref.root:
