@@ -51,7 +51,7 @@ class Size:
 
     @property
     def ideal(self) -> float:
-        """Seconds that the uplinks need at least: each peer sends its chunks to the others, and its span to the others."""
+        """Seconds that the uplinks need at least: each peer sends its chunks to the others, then its span."""
         return 2 * (self.peers - 1) / self.peers * self.contribution / (self.up_mbit * 1e6 / 8)
 
 
@@ -102,15 +102,13 @@ def _of_version(rounds: list[dict[str, Any]], version: int) -> dict[str, Any]:
 def show(size: Size, rounds: list[list[dict[str, Any]]]) -> bool:
     """Print the figures and the verdict; whether the bar is met."""
     least = 2 * (size.peers - 1) / size.peers * size.contribution
-    print(
-        f"{'round':>6}{'seconds':>10}{'/ ideal':>9}{'exchange':>10}{'/ ideal':>9}{'sent':>9}{'/ least':>9}{'received':>10}"
-    )
+    print("round   seconds  / ideal  exchange  / ideal  sent, MB  / least  received, MB")
     for number, peers in enumerate(rounds, start=1):
         whole, exchange = (max(peer[name] for peer in peers) for name in ("round", "exchange"))
         sent, received = (max(peer["interface"][way] for peer in peers) for way in (0, 1))
         print(
-            f"{number:6}{whole:10.2f}{whole / size.ideal:9.3f}{exchange:10.2f}{exchange / size.ideal:9.3f}"
-            f"{sent / 1e6:9.2f}{sent / least:9.3f}{received / 1e6:10.2f}"
+            f"{number:5}{whole:10.2f}{whole / size.ideal:9.3f}{exchange:10.2f}{exchange / size.ideal:9.3f}"
+            f"{sent / 1e6:10.2f}{sent / least:9.3f}{received / 1e6:14.2f}"
         )
     ratio = median(max(peer["round"] for peer in peers) for peers in rounds) / size.ideal
     print(f"\nmedian round over ideal: {ratio:.3f}; the bar is {BAR}: {'met' if ratio <= BAR else 'NOT met'}")
@@ -132,11 +130,9 @@ def main() -> int:
     if size.values < 2 or size.peers < 2 or size.rounds < 1:
         parser.error("--values and --peers must be at least 2, --rounds at least 1")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    print(
-        f"{size.peers} peers, {size.contribution / 1e6:.2f} MB each; {size.up_mbit:g} Mbit/s up, {size.down_mbit:g} down,",
-        end=" ",
-    )
-    print(f"{size.delay * 1e3:g} ms one way; load {os.getloadavg()[0]:.2f}; ideal {size.ideal:.2f} s", flush=True)
+    print(f"{size.peers} peers, {size.contribution / 1e6:.2f} MB each; {size.up_mbit:g} Mbit/s up,", end=" ")
+    print(f"{size.down_mbit:g} down, {size.delay * 1e3:g} ms one way; ideal {size.ideal:.2f} s;", end=" ")
+    print(f"load {os.getloadavg()[0]:.2f}", flush=True)
     try:
         with tempfile.TemporaryDirectory(prefix="bench-") as name:
             rounds = measure(size, Path(name))

@@ -1,7 +1,7 @@
 """One peer of a run without a model: `hivegrpo.peer.daemon.work_in_run` over libp2p, with a learner that only answers.
 
-Arguments: home folder, rank, number of peers, number of values; optionally the address to listen on, and the seconds that
-a rollout takes.
+Arguments: home folder, rank, number of peers, number of values; optionally the address to listen on, and the
+seconds that a rollout takes.
 
 The product has no switches for this. What is timed is seen from outside: the transport sees the peer's reports go out,
 and `decode_vector`, as `hivegrpo.peer.swarm.replay` calls it, returns when the averaged gradient is decoded.

@@ -9,11 +9,13 @@ import socket
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 
 from lines import say
 
 ALL_PROTOCOLS = 3
 SOL_PACKET, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING = 263, 15, 23
+SO_RCVBUFFORCE = 33
 VIRTIO_BYTES = 10
 MOST_BYTES = 1 << 17
 BUFFER_BYTES = 8 << 20
@@ -26,7 +28,7 @@ def open_link(number: int) -> socket.socket:
     link = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
     link.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
     link.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
-    link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUFFORCE if hasattr(socket, "SO_RCVBUFFORCE") else 33, BUFFER_BYTES)
+    link.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER_BYTES)
     link.setblocking(False)
     link.bind((f"link{number}", ALL_PROTOCOLS))
     return link
@@ -58,10 +60,8 @@ def switch(links: list[socket.socket], delay: float) -> None:
             to_all = to[0] & 1
             for number in range(len(links)) if to_all else (to[5],):
                 if number != source and number < len(links):
-                    try:
+                    with suppress(OSError):  # the link's queue is full: as on a real one, the frame is lost
                         links[number].send(frame)
-                    except OSError:
-                        pass  # the link's queue is full: as on a real one, the frame is lost
 
 
 if __name__ == "__main__":

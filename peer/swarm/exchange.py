@@ -69,7 +69,7 @@ class Exchange:
         self._worker = worker
         self._changed = asyncio.Condition()
         self._asked: dict[int, Stream] = {}
-        """Streams on which a span was asked for before it was there: two round trips less to wait for after the seal."""
+        """Streams on which a span was asked for before it is there: two round trips that nobody waits for."""
         directory.learn(plan.message.reducers)
         mine = [index for index, reducer in enumerate(plan.message.reducers) if reducer.peer == identity.peer_id]
         self.reducer = SpanReducer(plan, mine[0]) if mine else None
