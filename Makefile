@@ -1,4 +1,4 @@
-.PHONY: install test parity lint demo bench bench-solo bench-learning bench-memory proto
+.PHONY: install test parity lint demo bench bench-wan bench-solo bench-learning bench-memory proto
 .DEFAULT_GOAL := install
 
 PYTHON ?= python3
@@ -37,6 +37,9 @@ demo: install  ## a coordinator and three peers on this machine train a small mo
 
 bench: install  ## averaging, against hivemind's
 	$(BIN)/python benchmarks/allreduce.py
+
+bench-wan: install  ## rounds over 20 Mbit/s uplinks, in network namespaces; needs root
+	$(BIN)/python benchmarks/wan.py
 
 bench-solo: install  ## a step that one machine makes alone, against TRL's
 	$(BIN)/python benchmarks/solo.py

@@ -457,6 +457,8 @@ class PeerConfig(DaemonConfig):
     model_config = SettingsConfigDict(env_prefix="HIVEGRPO_PEER_")
     role: ClassVar[str] = "peer"
 
+    upload_mbit: float | None = Field(default=None, ge=1.0, le=100_000.0)
+    """Most that this peer sends, in 10^6 bits a second; no cap if left out."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to sample and to take gradients; auto takes a GPU if there is one."""
     threads: int | None = Field(default=None, ge=1, le=1024)

@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
@@ -79,6 +80,8 @@ class Exchange:
         self._directory = directory
         self._worker = worker
         self._changed = asyncio.Condition()
+        self._asked: dict[int, Stream] = {}
+        """Streams on which a span was asked for before it is there: two round trips that nobody waits for."""
         directory.learn(plan.message.reducers)
         mine = [index for index, reducer in enumerate(plan.message.reducers) if reducer.peer == identity.peer_id]
         self.reducer = SpanReducer(plan, mine[0]) if mine else None
@@ -109,6 +112,11 @@ class Exchange:
             raise RemoteError(f"spans {missing} did not come within {self.plan.message.step_seconds:.0f} s") from None
         self.seconds = time.perf_counter() - self.began
         return [self.spans[index] for index in range(len(self.spans))]
+
+    async def hang_up(self) -> None:
+        """Close what was opened and not used; what is here is served on."""
+        while self._asked:
+            await self._asked.popitem()[1].close()
 
     async def serve_push(self, stream: Stream, signed: pb.Signed) -> None:
         """Take a sender's chunks."""
@@ -155,6 +163,8 @@ class Exchange:
             return
         signed = sign(self._identity, self._run_id, header)
         await self._retry(lambda: self._push_once(index, signed, chunks), self.plan.message.exchange_seconds)
+        with suppress(WireError):  # it is asked for again after the seal
+            self._asked[index] = await self._ask(self.plan.message.reducers[index].peer, index)
 
     async def _push_once(self, index: int, header: pb.Signed, chunks: list[bytes]) -> None:
         async with await self._directory.open_stream(self.plan.message.reducers[index].peer, PUSH) as stream:
@@ -197,9 +207,18 @@ class Exchange:
         receipt = receipt_of(self.plan.digest, seal.digest, reducer.span, content)
         return Span(sign_payload(self._identity, self._run_id, "SpanReceipt", receipt), content, data)
 
-    async def _fetch_span(self, source: str, index: int, layout: SpanLayout, seal: Opened[pb.Seal]) -> Span:
-        async with await self._directory.open_stream(source, SPAN) as stream:
+    async def _ask(self, source: str, index: int) -> Stream:
+        stream = await self._directory.open_stream(source, SPAN)
+        try:
             await stream.send(pb.SpanRequest(plan=self.plan.digest, span=index).SerializeToString())
+        except BaseException:
+            await stream.close()
+            raise
+        return stream
+
+    async def _fetch_span(self, source: str, index: int, layout: SpanLayout, seal: Opened[pb.Seal]) -> Span:
+        asked = self._asked.pop(index, None) if source == self.plan.message.reducers[index].peer else None
+        async with asked or await self._ask(source, index) as stream:
             signed = parse(pb.Signed, await stream.receive(MAX_RECEIPT_BYTES, self.plan.message.step_seconds))
             receipt = open_signed(signed, self._run_id, pb.SpanReceipt, self.plan.message.reducers[index].peer).message
             if (receipt.plan, receipt.seal, receipt.span) != (self.plan.digest, seal.digest, index):
@@ -211,8 +230,8 @@ class Exchange:
             ref = BlobRef(receipt.content.root, layout.size)
             if receipt.content.size != layout.size:
                 raise CommitmentError(f"a span of {receipt.content.size} bytes where the plan says {layout.size}")
-            began = time.perf_counter()
-            pieces = [await stream.receive(ref.piece_size(piece)) for piece in range(ref.pieces)]
+            patience, began = self.plan.message.step_seconds, time.perf_counter()
+            pieces = [await stream.receive(ref.piece_size(piece), patience) for piece in range(ref.pieces)]
             if source == self.plan.message.reducers[index].peer:
                 self.span_seconds[index] = time.perf_counter() - began
             self._count(stream)
