@@ -1,4 +1,5 @@
-.PHONY: install test parity lint demo bench bench-wan bench-solo bench-learning bench-memory proto
+.PHONY: install test parity fuzz lint demo proto \
+	bench bench-wan bench-attacks bench-rounds bench-codecs bench-quality bench-solo bench-learning bench-memory
 .DEFAULT_GOAL := install
 
 PYTHON ?= python3
@@ -49,6 +50,15 @@ bench-learning: install  ## how fast a swarm of three learns, against TRL
 
 bench-memory: install  ## peak memory of log-probabilities, against torch's
 	$(BIN)/python benchmarks/memory.py
+
+bench-rounds: install  ## a thousand random rounds of the exchange, against an independent reference
+	PYTHONPATH=tests $(BIN)/python benchmarks/rounds.py
+
+bench-attacks: install  ## attacks on the averaging layer; writes their table into docs/security.md
+	PYTHONPATH=tests $(BIN)/python benchmarks/attacks.py
+
+fuzz: install  ## every decoder and handler, for longer than the tests do
+	HIVEGRPO_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest --timeout=3600 tests/test_fuzz_decoders.py tests/test_fuzz_handlers.py
 
 proto: install  ## protocol/hivegrpo_pb2.py and .pyi, which are committed, from hivegrpo.proto
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iprotocol --python_out=protocol --mypy_out=protocol hivegrpo.proto
