@@ -30,8 +30,10 @@ from hivegrpo.protocol.scalars import StepScalars, fp32_from_bits
 EXPECTED = {
     "step": "252856b6aff116911a82e06c71f61f48b9b366843fb43d6f18d4d77481de95f8",
     "genesis": "9032618e21916485984d48796ce703ba14b7e27bc7d8a21f87125aa1f0b3b764",
-    "codec fp32": "1b275d0c2dfca2db695e934ac7ade4200913786cffa585d7d3a61804f9d68f24",
-    "codec mxint8": "cc4e3eacf3c094c4a19aefb8ee145cae4c98f253fd53fd2f6ba34aaa429842f0",
+    "codec fp32": "486fa10ca5c4de767c04c562f5c95b3f08de2aca2b941e2caf19e36085a81187",
+    "codec mxfp4": "d2eddf3c808f1447cf8d84b99b69a6a643852b7667febf7e65676c65e650fb27",
+    "codec mxfp8": "2da8b8c64924facce787ca14e461e287922e29d4121857737ae89e6472cef627",
+    "codec mxint8": "123f9d36596bb45aca9e3e1952a1e9098ba00c4b8fc95009182f07a272bb4485",
     "rule clip": "0fd4708120bce87da00ddd2c4d8754e06fd24f7d342e73ca05a6e76fc1e393f6",
     "rule mean": "0fd4708120bce87da00ddd2c4d8754e06fd24f7d342e73ca05a6e76fc1e393f6",
 }
@@ -85,7 +87,8 @@ def run_codec(codec: Codec) -> str:
     """Digest of a vector's encoding, of what that decodes to, and of its norm."""
     # Exponents rise through the vector, so that the values of a block compare, at every magnitude.
     spread = [integer_floats(f"{codec.name} {low}", 1_001, low, low + 4) for low in range(0, 255, 5)]
-    vector = torch.cat([*spread, torch.zeros(77)])
+    subnormal = integer_floats(f"{codec.name} subnormal", 1_001, 0, 0)
+    vector = torch.cat([*spread, torch.zeros(77), subnormal])
     values = vector.numel()
     chunks = encode_vector(codec, vector)
     decoded = decode_vector(codec, b"".join(chunks), values)

@@ -123,18 +123,19 @@ def test_torch_optim_adamw_differs_from_one_processor_path_to_another() -> None:
 
 def test_a_machine_that_flushes_subnormals_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without `keep_subnormals`, flush-to-zero changes the step, the mean and MX decoding: the inputs reach there."""
-    for module in ("learn.step", "swarm.rules.base", "swarm.codecs.mxint8"):
+    for module in ("learn.step", "swarm.rules.base", "swarm.codecs.mxfloat", "swarm.codecs.mxint8"):
         monkeypatch.setattr(f"hivegrpo.peer.{module}.keep_subnormals", lambda: None)
     torch.set_flush_denormal(True)
     try:
-        assert numerics.differing(numerics.known_answers()) == ["codec mxint8", "rule clip", "rule mean", "step"]
+        changed = ["codec mxfp4", "codec mxfp8", "codec mxint8", "rule clip", "rule mean", "step"]
+        assert numerics.differing(numerics.known_answers()) == changed
     finally:
         torch.set_flush_denormal(False)
 
 
 def test_a_missing_answer_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(numerics.EXPECTED, "codec mxfp4", "00")
-    with pytest.raises(NumericsError, match=r"canonical numbers: codec mxfp4\. Reinstall"):
+    monkeypatch.setitem(numerics.EXPECTED, "codec mxint4", "00")
+    with pytest.raises(NumericsError, match=r"canonical numbers: codec mxint4\. Reinstall"):
         numerics.check_numerics()
 
 

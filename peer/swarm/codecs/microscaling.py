@@ -1,18 +1,48 @@
 """What the formats of the OCP Microscaling Formats (MX) Specification v1.0 share: blocks of 32, and E8M0 scales."""
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
-from hivegrpo.peer.swarm.codecs.bits import INFINITE, MANTISSA_BITS
+from hivegrpo.peer.floats import NonFiniteError
+from hivegrpo.peer.swarm.codecs.base import check_chunk
+from hivegrpo.peer.swarm.codecs.bits import INFINITE, MAGNITUDE, MANTISSA_BITS
 
 BLOCK = 32
 """Values that share a scale in a Microscaling format."""
-
-UNITS = torch.tensor(
-    [(code - 6) << MANTISSA_BITS if code > 6 else 1 << (code + 16) for code in range(INFINITE)], dtype=torch.int32
-).view(torch.float32)
-"""2^(code - 133), what an element 1 stands for under the E8M0 scale `code`; subnormal up to code 6, so made of bits."""
 
 
 def block_count(values: int) -> int:
     """Blocks of a chunk with so many values; the last may be shorter."""
     return -(-values // BLOCK)
+
+
+def split_blocks(chunk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A chunk's blocks, the bits of their magnitudes, int32, and the biased exponent of each one's largest.
+
+    Shapes [blocks, 32] and [blocks, 1]; the last block is padded with zeros. NonFiniteError as `Codec.encode`.
+    """
+    check_chunk(chunk)
+    blocks = pad(chunk, (0, -chunk.numel() % BLOCK)).view(-1, BLOCK)
+    magnitude = blocks.view(torch.int32) & MAGNITUDE
+    largest = magnitude.amax(1, keepdim=True) >> MANTISSA_BITS
+    if int(largest.amax()) == INFINITE:
+        raise NonFiniteError("The vector to encode holds a NaN or an infinity.")
+    return blocks, magnitude, largest
+
+
+def powers_of_two(exponents: Tensor) -> Tensor:
+    """2^exponent in fp32 for integers of at most 127; those below -126 give 2^-126."""
+    return (exponents.add(127).clamp_(min=1) << MANTISSA_BITS).view(torch.float32)
+
+
+def scale_units(fraction_bits: int) -> Tensor:
+    """fp32[255]: 2^(code - 127 - fraction_bits), what an element's lowest bit stands for under each E8M0 scale.
+
+    The smallest are subnormal, so all are made of bits. 0 <= fraction_bits <= 22.
+    """
+    bits = [
+        (code - fraction_bits) << MANTISSA_BITS if code > fraction_bits else 1 << (code + 22 - fraction_bits)
+        for code in range(INFINITE)
+    ]
+    return torch.tensor(bits, dtype=torch.int32).view(torch.float32)

@@ -4,11 +4,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hivegrpo.peer.floats import NonFiniteError, keep_subnormals
-from hivegrpo.peer.swarm.codecs.base import Codec, check_chunk
-from hivegrpo.peer.swarm.codecs.bits import INFINITE, MAGNITUDE, MANTISSA_BITS, shifted_sum, split_bits
-from hivegrpo.peer.swarm.codecs.microscaling import BLOCK, UNITS, block_count
+from hivegrpo.peer.floats import keep_subnormals
+from hivegrpo.peer.swarm.codecs.base import Codec
+from hivegrpo.peer.swarm.codecs.bits import INFINITE, shifted_sum, split_bits
+from hivegrpo.peer.swarm.codecs.microscaling import BLOCK, block_count, powers_of_two, scale_units, split_blocks
 from hivegrpo.protocol.errors import CommitmentError
+
+_UNITS = scale_units(6)
 
 
 class MxInt8(Codec):
@@ -19,8 +21,9 @@ class MxInt8(Codec):
     So |x_j - decoded| <= max(2^-7 max|x|, 2^-134).
 
     Layout: the scales of all blocks, one byte each, then all elements, one byte each; the last block may be shorter.
-    -128, which the format has and no encoder makes, is refused like the scale that stands for NaN: with the largest
-    scale it would decode to an infinity.
+    Refused, since no encoder makes it: a scale that stands for NaN; -128, which the format has, and which under the
+    largest scale would decode to an infinity; a block without an element of at least 64, unless its scale is the
+    smallest.
     """
 
     name = "mxint8"
@@ -32,24 +35,18 @@ class MxInt8(Codec):
     def encode(self, chunk: Tensor) -> bytes:
         # Integer operations, and float ones whose operands and results are normal and exact: no floating-point state
         # of the thread matters here.
-        check_chunk(chunk)
-        values = chunk.numel()
-        blocks = pad(chunk, (0, -values % BLOCK)).view(-1, BLOCK)
-        magnitude = blocks.view(torch.int32) & MAGNITUDE
-        scale = magnitude.amax(1, keepdim=True) >> MANTISSA_BITS
-        if int(scale.amax()) == INFINITE:
-            raise NonFiniteError("The vector to encode holds a NaN or an infinity.")
+        blocks, magnitude, scale = split_blocks(chunk)
         mantissa, exponent = split_bits(magnitude)
         # |x| is mantissa * 2^(exponent - 150), X is 2^(scale - 127): so 64 |x| / X is mantissa * 2^(exponent - scale
         # - 17). A factor below 2^-126 may as well be 2^-126, since a mantissa has 24 bits.
-        factor = ((exponent - scale).add_(110).clamp_(min=1) << MANTISSA_BITS).view(torch.float32)
+        factor = powers_of_two(exponent - scale - 17)
         elements = mantissa.float().mul_(factor).round_().clamp_(max=127.0).copysign_(blocks).to(torch.int8)
-        return scale.to(torch.uint8).numpy().tobytes() + elements.view(-1)[:values].numpy().tobytes()
+        return scale.to(torch.uint8).numpy().tobytes() + elements.view(-1)[: chunk.numel()].numpy().tobytes()
 
     def decode(self, data: bytes | memoryview, values: int) -> Tensor:
         keep_subnormals()
         scales, elements = self._parse(data, values)
-        return (elements.float() * UNITS[scales.int()].unsqueeze(1)).view(-1)[:values]
+        return (elements.float() * _UNITS[scales.int()].unsqueeze(1)).view(-1)[:values]
 
     def norm_squared(self, data: bytes | memoryview, values: int) -> int:
         scales, elements = self._parse(data, values)
@@ -65,4 +62,7 @@ class MxInt8(Codec):
             raise CommitmentError("a block's scale stands for NaN")
         if int(elements.amin()) == -128:
             raise CommitmentError("an element is -128, which no encoder makes")
-        return scales, pad(elements, (0, -values % BLOCK)).view(-1, BLOCK)
+        elements = pad(elements, (0, -values % BLOCK)).view(-1, BLOCK)
+        if bool(((elements.abs().amax(1) < 64) & (scales > 0)).any()):
+            raise CommitmentError("a block's scale is too large for its elements")
+        return scales, elements
