@@ -76,9 +76,9 @@ class LeaseDesk:
             lease=lease.id, iteration=lease.iteration, version=lease.version, root=EMPTY_ROOT
         )
         metrics = contribution.metrics
-        if lease.evaluate:
-            metrics["eval/accuracy"] = self._learner.evaluate(cancelled).accuracy
         try:
+            if lease.evaluate:
+                metrics["eval/accuracy"] = self._learner.evaluate(cancelled).accuracy
             if lease.iteration:
                 learned = self._learner.contribute_again(lease.id, lease.iteration, cancelled)
             else:
@@ -88,7 +88,8 @@ class LeaseDesk:
             require_moderate(learned.vector, "The gradient")
             encoded = EncodedVector.encode(self._codec, learned.vector)
         except (NonFiniteError, NumericsError) as error:
-            log.error("a gradient is not finite; its prompts are dropped", lease=lease.id, reason=str(error))
+            log.error("numbers are not finite; the lease's prompts are dropped", lease=lease.id, reason=str(error))
+            metrics["numerics/failed"] = 1.0
             contribution.dropped.extend(range(lease.count) if lease.iteration == 0 else ())
             return Work(contribution)
         if learned.num_tokens:
