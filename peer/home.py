@@ -34,6 +34,11 @@ class PeerHome:
         return self.root / "faults"
 
     @property
+    def feedback(self) -> Path:
+        """What the encoding of own contributions has lost."""
+        return self.root / "feedback"
+
+    @property
     def history(self) -> Path:
         return self.root / "history.jsonl"
 
