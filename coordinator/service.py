@@ -22,6 +22,7 @@ from hivegrpo.coordinator.decide import decide
 from hivegrpo.coordinator.followers import Followers
 from hivegrpo.coordinator.journal import Journal
 from hivegrpo.coordinator.log import DAMAGED_HINT, EventLog
+from hivegrpo.coordinator.prober import Prober
 from hivegrpo.coordinator.pushes import Push, current_for, finished_push, push_of, state_holders
 from hivegrpo.coordinator.reports import judge, open_heartbeat
 from hivegrpo.coordinator.state import Phase, State, Terms
@@ -87,6 +88,7 @@ class Coordinator:
         self._pulses: dict[str, Pulse] = {}
         self._warnings: Counter[str] = Counter()
         self._followers = Followers(MISSED_HEARTBEATS * HEARTBEAT_SECONDS + config.timing.grace, self._wake.set)
+        self._prober = Prober(transport.probe, self._on_probed)
         self._archive = Archive(
             transport,
             blobs,
@@ -106,15 +108,17 @@ class Coordinator:
         await serve_blobs(self._transport, self._blobs)
         await self._transport.serve_call(REPORT, self._on_report)
         await self._transport.serve_stream(FOLLOW, self._on_follow, max_per_peer=2)
-        watched = [asyncio.create_task(self._archive.run()), asyncio.create_task(stop.wait())]
+        working = [asyncio.create_task(self._archive.run()), asyncio.create_task(self._prober.run())]
+        watched: list[asyncio.Task[Any]] = [*working, asyncio.create_task(stop.wait())]
         for task in watched:
             task.add_done_callback(lambda _: self._wake.set())
         try:
             while not stop.is_set() and not self._may_exit():
                 self._wake.clear()
                 await self._sleep_until(self._advance())
-                if watched[0].done():
-                    watched[0].result()
+                for task in working:
+                    if task.done() and self._fatal is None:
+                        task.result()
         finally:
             self._closing = True
             for task in watched:
@@ -218,6 +222,8 @@ class Coordinator:
             self._archive.want(self.chain.append(entry).manifest.message)
         if push is not None:
             self._deliver(push)
+        if isinstance(event, ev.PeerJoined):
+            self._prober.want(event.peer, event.addresses)
         if isinstance(event, ev.PeerLeft):
             self._followers.end(event.peer)
         if isinstance(event, ev.RoundEmpty):
@@ -247,6 +253,11 @@ class Coordinator:
         self._happen(verdict.events)
         await self._journal.written()
         return _ack(None if verdict.accepted else verdict.reason)
+
+    def _on_probed(self, peer: str, addresses: Sequence[str], reachable: bool) -> None:
+        member = self.state.members[peer]
+        if self._fatal is None and member.addresses == addresses and member.reachable is not reachable:
+            self._happen([ev.PeerProbed(self._clock(), peer, reachable)])
 
     def _beat(self, signed: pb.Signed, remote: str) -> str | None:
         heartbeat = open_heartbeat(signed, remote, self.run_id)

@@ -1,7 +1,8 @@
 """Who spoiled attempts, remembered over rounds, so that a spoiler is not a reducer in each version's first attempt.
 
 A charge keeps a peer from reducing for 2, 4, 8, ... versions, as far as others can; each later version that it
-contributes to takes one charge back. Standing decides about nothing but that job: a charge needs no proof, and may be unjust.
+contributes to takes one charge back. Standing decides about nothing but that job: a charge needs no proof, and may be
+unjust.
 """
 
 from collections.abc import Iterable, Sequence
