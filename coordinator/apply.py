@@ -25,6 +25,8 @@ def apply(state: State, event: ev.Event) -> None:
             _leave(state, peer, at)
         case ev.PeerReady(peer=peer, version=version, state_root=root):
             _hold(state, peer, version, root)
+        case ev.PeerProbed(peer=peer, reachable=reachable):
+            state.members[peer].reachable = reachable
         case ev.LeaseGranted(at=at, payload=payload):
             _grant(state, payload, at)
         case ev.LeaseExpired(lease=lease):
@@ -49,6 +51,8 @@ def apply(state: State, event: ev.Event) -> None:
         case ev.PeerBanned(at=at, peer=peer):
             _ban(state, peer, at, Ban(event.reason, event.root, event.size))
         case ev.AttemptFailed(at=at, reason=reason):
+            state.standing.charge([*event.culprits, *event.disputed], event.version)
+            state.round.disputed = state.round.disputed or bool(event.disputed)
             state.phase = Phase.PLAN
             state.failed, state.round.attempt = state.round.attempt, None
             state.round.closed_at = at
@@ -90,6 +94,8 @@ def _join(state: State, event: ev.PeerJoined) -> None:
     if member is None:
         state.members[event.peer] = Member(event.addresses, event.agent, event.at)
     else:
+        if member.addresses != event.addresses:
+            member.reachable = None
         member.addresses, member.agent = event.addresses, event.agent
         member.connected, member.left, member.since = True, False, event.at
     state.connected[event.peer] = None
@@ -235,6 +241,8 @@ def _vote(state: State, signed: pb.Signed, at: float) -> None:
         last.vote(signed.signer, report, at)
         if ballot == last.winner():
             _hold(state, signed.signer, report.version, report.state_root)
+        else:
+            state.standing.charge([signed.signer], report.version)
 
 
 def _audit(state: State, signed: pb.Signed) -> None:
@@ -268,6 +276,7 @@ def _commit(state: State, payload: bytes) -> None:
     state.trouble = ""
     if attempt is not None:
         follow(state.rates, attempt)
+        _judge_roster(state, attempt, manifest)
         for peer in _voters(attempt, manifest.state.root):
             state.members[peer].ready, state.members[peer].ready_root = manifest.version, manifest.state.root
     state.round = Round(manifest.version + 1)
@@ -282,6 +291,15 @@ def _commit(state: State, payload: bytes) -> None:
                 del state.idle[peer]
     if manifest.version == state.terms.config.run.versions:
         state.phase = Phase.FINISHED
+
+
+def _judge_roster(state: State, attempt: Attempt, manifest: pb.VersionManifest) -> None:
+    """Charge who voted otherwise or was left out of the seal; the others did their part."""
+    counted = {contributor.peer for contributor in manifest.contributors}
+    otherwise = {peer for peer, ballot in attempt.votes.items() if ballot != attempt.winner()}
+    spoilers = sorted(otherwise | (attempt.roster - counted))
+    state.standing.credit(sorted(counted - otherwise), manifest.version)
+    state.standing.charge(spoilers, manifest.version)
 
 
 def _voters(attempt: Attempt, root: bytes) -> Iterable[str]:

@@ -82,7 +82,7 @@ def plan_payload(state: State, peers: Sequence[str]) -> bytes | None:
     config, current, head = state.terms.config, state.round, state.head
     assert head is not None
     roster = sorted(peers)
-    reachable = [peer for peer in roster if peer in state.connected and state.members[peer].addresses]
+    reachable = state.standing.preferred(_reachable(state, roster), current.version)
     chunks = chunk_count(state.terms.values)
     if not reachable:
         return None
@@ -119,6 +119,15 @@ def plan_payload(state: State, peers: Sequence[str]) -> bytes | None:
         audit_seconds=config.timing.audit,
     )
     return _payload(plan)
+
+
+def _reachable(state: State, roster: Sequence[str]) -> list[str]:
+    """Who can reduce: connected, with an address, and not known to be out of a stranger's reach.
+
+    Nobody has to dial a peer that is alone; and if all failed the test, the test may be wrong: all are tried.
+    """
+    named = [peer for peer in roster if peer in state.connected and state.members[peer].addresses]
+    return [peer for peer in named if state.members[peer].reachable is not False] or named
 
 
 def _draw(peers: Sequence[str], head: bytes, attempt: int) -> list[str]:

@@ -151,6 +151,8 @@ class Round:
     """When the first lease was granted."""
     closed_at: float = 0.0
     """When the rollout was closed, or the last attempt failed."""
+    disputed: bool = False
+    """Whether an attempt was given up because a single reducer lacks a sender; once is enough."""
     resume_at: float = 0.0
     """No lease is granted before."""
     evaluating: bool = False

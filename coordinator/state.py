@@ -7,6 +7,7 @@ from typing import Self
 
 from hivegrpo.coordinator.positions import Positions
 from hivegrpo.coordinator.round import Attempt, Granted, Round
+from hivegrpo.coordinator.standing import Standing
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.config import RunConfig
 from hivegrpo.protocol.envelope import digest_of, parse
@@ -68,6 +69,8 @@ class Member:
     ready_root: bytes = b""
     lease: int | None = None
     """Its live lease."""
+    reachable: bool | None = None
+    """Whether a stranger can dial it; None: not known yet."""
     contributed: int = 0
     """Versions that its contributions are in."""
 
@@ -117,6 +120,7 @@ class State:
     positions: Positions = field(default_factory=Positions)
     rates: dict[str, float] = field(default_factory=dict)
     """Upload rates of peers, bytes a second, as far as others saw enough of them."""
+    standing: Standing = field(default_factory=Standing)
     empty_rounds: int = 0
     """Rounds in a row in which nothing could be learnt."""
     trouble: str = ""

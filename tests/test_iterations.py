@@ -117,7 +117,7 @@ def test_nobody_else_works_in_an_iteration_round(machine: Machine) -> None:
     a, b, c = machine.peers
     machine.start()
     machine.contribute(a, b, c)
-    machine.senders(a, a, b, c)
+    machine.senders(a, a, b)
     machine.senders(b, a, b)  # c's chunks are incomplete
     machine.senders(c, a, b, c)
     machine.lose(b)

@@ -108,6 +108,8 @@ class MemoryTransport(ServingTransport):
 
     def __init__(self, network: MemoryNetwork, peer_id: str, upload: UploadCap | None = None) -> None:
         super().__init__(peer_id, upload)
+        self.dialable = True
+        """If False, as behind a NAT: only nodes that this one has dialled can reach it."""
         self._network = network
         self._known: set[str] = set()
 
@@ -121,13 +123,19 @@ class MemoryTransport(ServingTransport):
         peer_id = peers.pop()
         await asyncio.sleep(self._network.latency)
         node = self._network.reach(self.peer_id, peer_id)
-        if self.closed or node is None or node is self:
+        hidden = node is not None and not node.dialable and peer_id not in self._known
+        if self.closed or node is None or node is self or hidden:
             raise UnreachableError(
                 f"Nobody answers at {', '.join(addresses)}.", "Check that the node is in the network."
             )
         self._known.add(peer_id)
         node._known.add(self.peer_id)
         return peer_id
+
+    async def probe(self, addresses: list[str], timeout: float = 3.0) -> bool:
+        await asyncio.sleep(self._network.latency)
+        nodes = (self._network.reach(self.peer_id, address.rpartition("/p2p/")[2]) for address in addresses)
+        return any(node is not None and node.dialable for node in nodes)
 
     async def announce(self, key: str, value: bytes, ttl: float) -> None:
         if len(value) > MAX_HINT_BYTES:

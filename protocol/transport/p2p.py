@@ -27,6 +27,7 @@ from hivegrpo.protocol.address import parse_address
 from hivegrpo.protocol.errors import ConfigError, FrameError, RemoteError, SignatureError, UnreachableError
 from hivegrpo.protocol.identity import PEER_ID_CHARS, Identity, public_key_of
 from hivegrpo.protocol.transport.daemon import Daemon
+from hivegrpo.protocol.transport.dialling import greets
 from hivegrpo.protocol.transport.frames import FramedStream
 from hivegrpo.protocol.transport.rate import UploadCap
 from hivegrpo.protocol.transport.serving import MAX_HINT_BYTES, PROTOCOL, ServingTransport, printable
@@ -125,6 +126,9 @@ class P2PTransport(ServingTransport):
         except RemoteError as error:
             raise _unreachable(where, error.message) from None
         return peer_id
+
+    async def probe(self, addresses: list[str], timeout: float = 3.0) -> bool:
+        return any(await asyncio.gather(*(greets(address, timeout) for address in addresses)))
 
     async def announce(self, key: str, value: bytes, ttl: float) -> None:
         if len(value) > MAX_HINT_BYTES:
