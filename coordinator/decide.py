@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hivegrpo.coordinator import events as ev
+from hivegrpo.coordinator.ahead import due_ahead, expire_all, next_ahead
 from hivegrpo.coordinator.metrics import why_empty
 from hivegrpo.coordinator.planning import (
     LARGEST_ROSTER,
@@ -35,6 +36,16 @@ class Decision:
 
 def decide(state: State, now: float) -> Decision:
     """Events to apply now. Ask again after applying them, until there are none."""
+    ahead = due_ahead(state, now)
+    if ahead:
+        return Decision(ahead)
+    decision = _of_round(state, now)
+    if decision.events or not state.ahead:
+        return decision
+    return Decision(wake=min((at for at in (decision.wake, next_ahead(state, now)) if at is not None), default=None))
+
+
+def _of_round(state: State, now: float) -> Decision:
     match state.phase:
         case Phase.GENESIS:
             return _genesis(state, now)
@@ -251,7 +262,8 @@ def _fail(state: State, now: float, reason: str) -> Decision:
 
 def _abandon(state: State, now: float, reason: str) -> Decision:
     rejected = _rejections(state, list(state.round.contributions), now, reason)
-    return Decision((*rejected, ev.RoundAbandoned(now, state.round.version, reason)))
+    early = expire_all(state, now, "its version is not made from this round")
+    return Decision((*rejected, *early, ev.RoundAbandoned(now, state.round.version, reason)))
 
 
 def _rejections(state: State, peers: list[str], now: float, reason: str) -> Iterator[ev.ContributionRejected]:

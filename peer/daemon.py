@@ -134,7 +134,11 @@ async def work_in_run(
     )
     codec = get_codec(config.averaging.codec)
     keep = config.distribution.keep_versions
-    with closing(History(home.history)) as history:
+    with (
+        closing(History(home.history)) as history,
+        ThreadPoolExecutor(max_workers=1, thread_name_prefix="canonical") as canonical,
+    ):
+        synchroniser = Synchroniser(versions, transport, directory, chain.coordinator, canonical)
         volunteer = Volunteer(
             config=config,
             identity=identity,
@@ -146,6 +150,7 @@ async def work_in_run(
             contributions=ContributionStore(home.contributions, codec, versions.values, keep),
             learner=learner,
             worker=worker,
+            canonical=canonical,
             history=history,
         )
         await _run_together(
