@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import assert_never
 
 from hivegrpo.coordinator import events as ev
+from hivegrpo.coordinator.ahead import adopt_ahead, expire_ahead, grant_ahead
 from hivegrpo.coordinator.rates import follow
 from hivegrpo.coordinator.round import EVALUATION_PREFIX, Attempt, Audit, Granted, Held, Round, ballot_of, empty_pause
 from hivegrpo.coordinator.state import Ban, Head, Member, Phase, State
@@ -64,8 +65,9 @@ def apply(state: State, event: ev.Event) -> None:
             state.empty_rounds += 1
             _begin_rollout(state)
             state.round.resume_at = at + empty_pause(state.empty_rounds)
-        case ev.VersionCommitted(payload=payload):
+        case ev.VersionCommitted(at=at, payload=payload):
             _commit(state, payload)
+            adopt_ahead(state, at)
         case _:
             assert_never(event)
 
@@ -139,6 +141,9 @@ def _offer(state: State, peer: str) -> None:
 
 def _grant(state: State, payload: bytes, at: float) -> None:
     lease = parse(pb.Lease, payload)
+    if lease.ahead:
+        grant_ahead(state, lease, payload, at)
+        return
     current = state.round
     state.leases[lease.id] = Granted(lease, payload, at)
     if lease.iteration == 0:
@@ -155,6 +160,9 @@ def _grant(state: State, payload: bytes, at: float) -> None:
 
 
 def _expire(state: State, lease_id: int) -> None:
+    if lease_id in state.ahead:
+        expire_ahead(state, lease_id)
+        return
     lease = _end_lease(state, lease_id)
     if lease.iteration == 0:
         state.positions.give_back(range(lease.start, lease.start + lease.count))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from hivegrpo.coordinator import events as ev
+from hivegrpo.coordinator.ahead import due_ahead, expire_all, next_ahead
 from hivegrpo.coordinator.audits import audits_until, next_turn, unaudited
 from hivegrpo.coordinator.bans import end_of_banned
 from hivegrpo.coordinator.metrics import why_empty
@@ -38,9 +39,16 @@ class Decision:
 
 def decide(state: State, now: float) -> Decision:
     """Events to apply now. Ask again after applying them, until there are none."""
-    ended = tuple(end_of_banned(state, now))
-    if ended:
-        return Decision(ended)
+    due = tuple(end_of_banned(state, now)) or due_ahead(state, now)
+    if due:
+        return Decision(due)
+    decision = _of_round(state, now)
+    if decision.events or not state.ahead:
+        return decision
+    return Decision(wake=min((at for at in (decision.wake, next_ahead(state, now)) if at is not None), default=None))
+
+
+def _of_round(state: State, now: float) -> Decision:
     match state.phase:
         case Phase.GENESIS:
             return _genesis(state, now)
@@ -278,7 +286,8 @@ def _fail(
 
 def _abandon(state: State, now: float, reason: str) -> Decision:
     rejected = _rejections(state, list(state.round.contributions), now, reason)
-    return Decision((*rejected, ev.RoundAbandoned(now, state.round.version, reason)))
+    early = expire_all(state, now, "its version is not made from this round")
+    return Decision((*rejected, *early, ev.RoundAbandoned(now, state.round.version, reason)))
 
 
 def _rejections(state: State, peers: list[str], now: float, reason: str) -> Iterator[ev.ContributionRejected]:

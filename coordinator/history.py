@@ -80,6 +80,7 @@ def _lease(lease: pb.Lease) -> Record:
         "wanted": lease.wanted,
         "max_weight": lease.max_weight,
         "evaluate": lease.evaluate,
+        "ahead": lease.ahead,
     }
 
 

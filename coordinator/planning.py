@@ -29,21 +29,28 @@ TOKEN_LOSSES = ("dapo", "cispo")
 """Loss types that weigh a contribution by its tokens; the others weigh it by its completions."""
 
 
-def lease_payload(state: State, lease_id: int, peer: str, run: range, wanted: int, *, evaluate: bool) -> bytes:
-    """A lease of the positions in `run`, of which `wanted` groups are to be used, to be worked on under the head."""
+def lease_payload(
+    state: State, lease_id: int, peer: str, run: range, wanted: int, *, evaluate: bool, ahead: bool = False
+) -> bytes:
+    """A lease of the positions in `run`, of which `wanted` groups are to be used, to be worked on under the head.
+
+    `ahead`: under the version that is being made, with a rollout under the head.
+    """
     config, head = state.terms.config, state.head
     assert head is not None
+    reference, coming = head.manifest.reference_version, state.round.version
     lease = pb.Lease(
         id=lease_id,
         peer=peer,
-        version=state.version,
+        version=coming if ahead else state.version,
         start=run.start,
         count=len(run),
         wanted=wanted,
         max_weight=max_weight(wanted, config.grpo),
         seconds=config.timing.lease,
-        reference_version=head.manifest.reference_version,
+        reference_version=reference_of(coming, reference, config.grpo) if ahead else reference,
         evaluate=evaluate,
+        ahead=ahead,
     )
     return _payload(lease)
 

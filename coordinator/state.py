@@ -116,6 +116,8 @@ class State:
     """Those of the unserved that hold the head (in genesis: that reported a root of version 0)."""
     leases: dict[int, Granted] = field(default_factory=dict)
     """Live leases by id, oldest first."""
+    ahead: dict[int, Granted] = field(default_factory=dict)
+    """Leases for the round after this one, by id (`coordinator/ahead.py`)."""
     next_lease: int = 1
     positions: Positions = field(default_factory=Positions)
     rates: dict[str, float] = field(default_factory=dict)

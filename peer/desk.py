@@ -1,6 +1,7 @@
 """A lease, worked on: from its positions to a committed contribution (steps 2 to 4 of a round)."""
 
 import threading
+import time
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +33,9 @@ class Learns(Protocol):
 
     def load_reference(self, vector: Tensor | None) -> None:
         """Take over the parameters of the KL reference; None for the base, with which it begins."""
+
+    def sample(self, lease: int, start: int, count: int, wanted: int, cancelled: threading.Event) -> None:
+        """Sample and score ahead of `contribute`, which differentiates it at the parameters loaded by then."""
 
     def contribute(
         self, lease: int, start: int, count: int, wanted: int, cancelled: threading.Event
@@ -75,6 +79,13 @@ class LeaseDesk:
         self._feedback = feedback
         self._codec = get_codec(config.averaging.codec)
         self._loaded_reference = 0
+
+    def sample(self, lease: pb.Lease, parameters: Tensor, cancelled: threading.Event) -> tuple[float, float]:
+        """Sample ahead, under the version before the lease's; when it began and ended, by time.perf_counter."""
+        began = time.perf_counter()
+        self._learner.load(lease.version - 1, parameters)
+        self._learner.sample(lease.id, lease.start, lease.count, lease.wanted, cancelled)
+        return began, time.perf_counter()
 
     def work(self, lease: pb.Lease, parameters: Tensor, cancelled: threading.Event) -> Work:
         """The contribution and, unless it is empty, its vector, which is on disk by then."""

@@ -353,6 +353,19 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _sample_ahead(self) -> Self:
+        if self.averaging.overlap and self.grpo.num_iterations > 1:
+            raise ValueError(
+                "[averaging] overlap samples for the next version while this one is exchanged, and with [grpo] "
+                "num_iterations above 1 the next versions come from the same rollout: leave one of them out"
+            )
+        if self.averaging.overlap and self.grpo.max_staleness < 1:
+            raise ValueError(
+                "[averaging] overlap uses rollouts that are one version behind: set [grpo] max_staleness to 1 or more"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _hold_rows_out(self) -> Self:
         made, held = self.dataset, self.evaluation
         if held is not None and made.task is not None and (made.name, made.seed) == (held.name, held.seed):

@@ -112,6 +112,9 @@ class IntegerLearner:
         self.before = before
         self.split = split
         self.loaded = torch.zeros(0)
+        self.during_sample: Callable[[int], None] | None = None
+        self.sampled: list[tuple[int, int, torch.Tensor]] = []
+        """What was sampled ahead: the lease, and the version and parameters that were loaded."""
         self.references: list[torch.Tensor | None] = []
         """All that were loaded, in turn; it begins with the base."""
         self.used: list[tuple[int, torch.Tensor | None]] = []
@@ -124,6 +127,11 @@ class IntegerLearner:
 
     def load_reference(self, vector: torch.Tensor | None) -> None:
         self.references.append(None if vector is None else vector.clone())
+
+    def sample(self, lease: int, start: int, count: int, wanted: int, cancelled: threading.Event) -> None:
+        if self.during_sample is not None:
+            self.during_sample(lease)
+        self.sampled.append((lease, self.version, self.loaded))
 
     def contribute(
         self, lease: int, start: int, count: int, wanted: int, cancelled: threading.Event
