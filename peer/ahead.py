@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
+from typing import Any
 
 import structlog
 
@@ -83,7 +84,8 @@ class AheadSampler:
         work = loop.run_in_executor(self._worker, self._desk.sample, lease, parameters, cancelled)
         watch = asyncio.create_task(self._session.wait(over))
         try:
-            await asyncio.wait({work, watch}, timeout=lease.seconds, return_when=asyncio.FIRST_COMPLETED)
+            running: set[asyncio.Future[Any]] = {work, watch}
+            await asyncio.wait(running, timeout=lease.seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
             cancelled.set()
             watch.cancel()
