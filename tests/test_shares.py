@@ -31,7 +31,8 @@ def test_shares_cover_all_are_capped_and_grow_with_the_rate(
     known = sorted(
         (rate, -index, share) for index, (rate, share) in enumerate(zip(rates, found, strict=True)) if rate is not None
     )
-    assert [share for *_, share in known] == sorted(share for *_, share in known)
+    if len(rates) + others > 2:  # with two peers the upload does not depend on the shares
+        assert [share for *_, share in known] == sorted(share for *_, share in known)
     assert found == shares(chunks, rates, len(rates) + others)
 
 
