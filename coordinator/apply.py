@@ -122,7 +122,7 @@ def _hold(state: State, peer: str, version: int, root: bytes) -> None:
 def _offer(state: State, peer: str) -> None:
     """Note that a peer could be leased work, if so."""
     member = state.members[peer]
-    if member.connected and peer not in state.round.served and peer not in state.banned:
+    if member.connected and peer not in state.round.served:
         state.unserved[peer] = None
         if member.ready == max(state.version, 0):
             state.idle[peer] = None
