@@ -9,7 +9,7 @@ from hivegrpo.coordinator.rates import follow
 from hivegrpo.coordinator.round import EVALUATION_PREFIX, Attempt, Audit, Granted, Held, Round, ballot_of, empty_pause
 from hivegrpo.coordinator.state import Ban, Head, Member, Phase, State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.audits import draw
+from hivegrpo.protocol.audits import draw, seed_of
 from hivegrpo.protocol.envelope import digest_of, parse
 
 
@@ -133,7 +133,7 @@ def _hold(state: State, peer: str, version: int, root: bytes) -> None:
 def _offer(state: State, peer: str) -> None:
     """Note that a peer could be leased work, if so."""
     member = state.members[peer]
-    if member.connected and peer not in state.round.served and peer not in state.banned:
+    if member.connected and peer not in state.round.served:
         state.unserved[peer] = None
         if member.ready == max(state.version, 0):
             state.idle[peer] = None
@@ -235,7 +235,6 @@ def _seal(state: State, payload: bytes, at: float) -> None:
     assert attempt is not None
     attempt.seal = parse(pb.Seal, payload)
     attempt.seal_payload, attempt.seal_digest, attempt.sealed_at = payload, digest_of(payload), at
-    attempt.drawn = draw(attempt.plan, attempt.seal_digest, state.terms.config.averaging.audit_rate)
     state.phase = Phase.STEP
 
 
@@ -245,6 +244,9 @@ def _vote(state: State, signed: pb.Signed, at: float) -> None:
     current, last = state.round.attempt, state.last
     if current is not None and report.plan == current.digest:
         current.vote(signed.signer, report, at)
+        if current.quorum_at is not None and not current.seed:
+            current.seed = seed_of(state.terms.secret, current.seal_digest)
+            current.drawn = draw(current.plan, current.seed, state.terms.config.averaging.audit_rate)
     elif last is not None and report.plan == last.digest:
         last.vote(signed.signer, report, at)
         if ballot == last.winner():

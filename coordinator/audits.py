@@ -15,8 +15,9 @@ def unaudited(attempt: Attempt, now: float) -> list[int]:
 
 
 def audits_until(attempt: Attempt) -> float:
-    """When audits that are still missing end an attempt: the step's time and a few turns after the seal."""
-    return attempt.sealed_at + attempt.plan.step_seconds + TURNS * attempt.plan.audit_seconds
+    """When audits that are still missing end an attempt: a few turns, and an exchange's time, after the quorum."""
+    assert attempt.quorum_at is not None
+    return attempt.quorum_at + TURNS * attempt.plan.audit_seconds + attempt.plan.exchange_seconds
 
 
 def next_turn(attempt: Attempt, now: float) -> float | None:
@@ -36,4 +37,5 @@ def _agreeing(attempt: Attempt, drawn: Draw, root: bytes, now: float) -> int:
 
 
 def _turn(attempt: Attempt, drawn: Draw, auditor: str) -> float:
-    return attempt.sealed_at + drawn.starts(drawn.order.index(auditor), attempt.plan.audit_seconds)
+    assert attempt.quorum_at is not None
+    return attempt.quorum_at + drawn.starts(drawn.order.index(auditor), attempt.plan.audit_seconds)

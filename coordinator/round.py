@@ -91,8 +91,10 @@ class Attempt:
     """By voter: the reducers' signatures of the spans' receipts."""
     quorum_at: float | None = None
     """When the leading ballot had its quorum."""
+    seed: bytes = b""
+    """Of the audits; told once there is a quorum, and empty before."""
     drawn: tuple[Draw, ...] = ()
-    """Spans that have to be audited."""
+    """Spans that have to be audited, by the seed."""
     audits: dict[int, dict[str, Audit]] = field(default_factory=dict)
     """By span and auditor."""
 

@@ -34,7 +34,7 @@ from hivegrpo.protocol.blobstream import BlobStore, serve_blobs
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.chainstream import serve_chain
 from hivegrpo.protocol.config import RunConfig
-from hivegrpo.protocol.envelope import open_signed, parse, run_id_of, sign_payload
+from hivegrpo.protocol.envelope import digest_of, open_signed, parse, run_id_of, sign_payload
 from hivegrpo.protocol.errors import ChainError, RemoteError, WireError
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.transport.base import MAX_CALL_BYTES, Stream, Transport
@@ -75,7 +75,7 @@ class Coordinator:
         `judge_proof` says who is guilty by a proof of fault, and why, or raises WireError; without it nobody is banned.
         """
         self.run_id = run_id_of(run.payload)
-        self.state = State(Terms.of(run, config))
+        self.state = State(Terms.of(run, config, digest_of(identity.sign(b"hivegrpo audits"))))
         self.chain = ChainFile.create(home, run, identity.peer_id)
         self._identity = identity
         self._transport = transport

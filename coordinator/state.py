@@ -40,13 +40,15 @@ class Terms:
     config: RunConfig
     genesis: bytes
     """State root of version 0, if the run manifest pins it."""
+    secret: bytes = b""
+    """Known to nobody else: the seeds of audits follow from it."""
 
     @classmethod
-    def of(cls, run: pb.Signed, config: RunConfig) -> Self:
+    def of(cls, run: pb.Signed, config: RunConfig, secret: bytes = b"") -> Self:
         """The terms of a signed run manifest."""
         manifest = parse(pb.RunManifest, run.payload)
         values = sum(math.prod(tensor.shape) for tensor in manifest.layout)
-        return cls(digest_of(run.payload), values, config, manifest.digests.get("genesis", b""))
+        return cls(digest_of(run.payload), values, config, manifest.digests.get("genesis", b""), secret)
 
     @property
     def state_size(self) -> int:

@@ -43,10 +43,12 @@ def test_a_version_waits_for_its_auditors() -> None:
     made = sealed()
     attempt = made.state.round.attempt
     assert attempt is not None
+    made.vote(*made.peers[:3])
+    assert not attempt.drawn, "nobody knows before there is a quorum"
+    made.vote(*made.peers[3:])
     assert [(drawn.span, drawn.needed, len(drawn.order)) for drawn in attempt.drawn] == [
         (span, MAX_AUDITS, PEERS - 1) for span in range(3)
     ]
-    made.vote(*made.peers)
     for drawn in attempt.drawn:
         for peer in drawn.order[: drawn.needed]:
             assert made.state.version == 0
@@ -92,8 +94,7 @@ def test_without_enough_audits_the_attempt_fails_and_the_next_seal_draws_others(
     first = made.state.round.attempt
     assert first is not None
     made.vote(*made.peers)
-    timing = made.config.timing
-    made.wait(timing.step + TURNS * AUDIT + 1.9)
+    made.wait(made.config.timing.exchange + TURNS * AUDIT + 1.9)
     assert made.state.round.attempt is first
     made.wait(0.1)
     (failed,) = made.of(ev.AttemptFailed)
@@ -102,6 +103,7 @@ def test_without_enough_audits_the_attempt_fails_and_the_next_seal_draws_others(
     second = made.state.round.attempt
     assert second is not None
     assert second.plan.attempt == 2
+    made.vote(*made.peers)
     assert second.drawn != first.drawn
     made.check_replay()
 
@@ -110,6 +112,7 @@ def test_reports_that_make_no_sense_are_refused() -> None:
     made = sealed()
     attempt = made.state.round.attempt
     assert attempt is not None
+    made.vote(*made.peers)
     reducer, (auditor, *_) = attempt.plan.reducers[0].peer, attempt.drawn[0].order
 
     def reason(peer: str, **fields: object) -> str:

@@ -1,4 +1,4 @@
-"""Computing spans again: what a peer that the seal has drawn does beside its vote.
+"""Computing spans again: what a peer that was drawn does after its vote.
 
 It pulls the sealed contributors' chunks of a span, checks them against the plan as a reducer does, applies the rule,
 and signs what content the span must have. Memory is bounded as a reducer's: one span at a time, roster x span.
@@ -18,7 +18,7 @@ from hivegrpo.peer.swarm.pulls import pull
 from hivegrpo.peer.swarm.reducer import SpanReducer, reduce_span
 from hivegrpo.peer.swarm.session import Session
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.audits import draw
+from hivegrpo.protocol.audits import Draw, draw
 from hivegrpo.protocol.blobs import blob_root
 from hivegrpo.protocol.envelope import Opened, open_signed
 from hivegrpo.protocol.errors import CommitmentError, HiveError, RemoteError, WireError
@@ -56,17 +56,30 @@ class Auditor:
         self._rate = rate
 
     async def audit(self, exchange: Exchange, seal: Opened[pb.Seal], voted: asyncio.Event) -> None:
-        """Audit what this peer was drawn for, each span in its turn. The arithmetic waits until it has voted."""
-        began = asyncio.get_running_loop().time()
+        """Audit what this peer is drawn for, each span in its turn; the arithmetic waits until it has voted.
+
+        The caller ends it with the attempt: where nothing is drawn, no seed is told.
+        """
+        if self._rate == 0.0:
+            return
         plan, me = exchange.plan.message, self._identity.peer_id
+        drawn = await self.drawn(plan, seal)
+        began = asyncio.get_running_loop().time()
         turns = sorted(
-            (drawn.starts(drawn.order.index(me), plan.audit_seconds), drawn.span)
-            for drawn in draw(plan, seal.digest, self._rate)
-            if me in drawn.order
+            (item.starts(item.order.index(me), plan.audit_seconds), item.span) for item in drawn if me in item.order
         )
         for start, span in turns:
             await asyncio.sleep(began + start - asyncio.get_running_loop().time())
             await self._audit_span(exchange, seal, span, voted)
+
+    async def drawn(self, plan: pb.RoundPlan, seal: Opened[pb.Seal]) -> tuple[Draw, ...]:
+        """What is audited of a sealed plan, once the coordinator has told the seed."""
+
+        def seed() -> bytes | None:
+            told = self._session.audit_seed
+            return told[1] if told is not None and told[0] == seal.digest else None
+
+        return draw(plan, await self._session.wait(seed), self._rate)
 
     def accuse_sender(self, plan: Opened[pb.RoundPlan], sent: Sent) -> None:
         """Chunks were refused: report their sender, if it has signed what proves it."""

@@ -15,7 +15,7 @@ from hivegrpo.peer.swarm.exchange import Exchange, Span
 from hivegrpo.peer.swarm.pulls import PullServer
 from hivegrpo.peer.swarm.reducer import SpanReducer
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.audits import draw, receipt_of
+from hivegrpo.protocol.audits import receipt_of
 from hivegrpo.protocol.blobs import blob_ref
 from hivegrpo.protocol.envelope import Opened, open_signed, sign_payload
 from hivegrpo.protocol.errors import StaleError
@@ -166,7 +166,7 @@ class LyingAuditor(Auditor):
             await super().audit(exchange, seal, voted)
             return
         plan = exchange.plan
-        for drawn in draw(plan.message, seal.digest, self._rate):
+        for drawn in await self.drawn(plan.message, seal):
             if self._identity.peer_id in drawn.order:
                 content = exchange.spans[drawn.span].content.root
                 if fault is Fault.FRAMING_AUDITOR:
