@@ -120,7 +120,9 @@ class Exchange:
         self._count(stream)
 
     async def serve_span(self, stream: Stream, index: int) -> None:
-        """Send a span with its receipt, once it is here."""
+        """Send a span with its receipt: the own one once it is reduced, another's only if it is here already."""
+        if index not in self.spans and (self.reducer is None or index != self.reducer.span):
+            raise StaleError(f"span {index} is not here")  # two who wait for each other would not ask who has it
         try:
             async with asyncio.timeout(self.plan.message.step_seconds), self._changed:
                 await self._changed.wait_for(lambda: index in self.spans)
@@ -161,8 +163,7 @@ class Exchange:
             return
         layout = SpanLayout.of(self.plan.message, index)
         first = self.plan.message.reducers[index].peer
-        others = [peer.peer for peer in self.plan.message.reducers if peer.peer not in (first, self._identity.peer_id)]
-        sources = [first, *others]
+        sources = [first, *self._others(first)]
         attempt = 0
 
         async def fetch() -> None:
@@ -172,6 +173,21 @@ class Exchange:
             await self._keep(index, await self._fetch_span(source, index, layout, seal))
 
         await self._retry(fetch, self.plan.message.step_seconds)
+
+    def _others(self, first: str) -> list[str]:
+        """Who else may have a span, reducers first: all others are connected to these, since they pushed to them.
+
+        Each peer begins at another place, so that not all ask the same one.
+        """
+        plan, me = self.plan.message, self._identity.peer_id
+        reducers = [reducer.peer for reducer in plan.reducers]
+        roster = [contributor.peer for contributor in plan.contributors]
+        turn = roster.index(me) if me in roster else 0
+        others = []
+        for group in (reducers, [peer for peer in roster if peer not in set(reducers)]):
+            start = turn % max(len(group), 1)
+            others += group[start:] + group[:start]
+        return [peer for peer in others if peer not in (first, me)]
 
     async def _reduce(self, reducer: SpanReducer, seal: Opened[pb.Seal]) -> Span:
         if not reducer.has_all(seal.message):
@@ -184,9 +200,10 @@ class Exchange:
         return Span(sign(self._identity, self._run_id, receipt), content, data)
 
     async def _fetch_span(self, source: str, index: int, layout: SpanLayout, seal: Opened[pb.Seal]) -> Span:
+        patience = self.plan.message.step_seconds / 2  # then there is time to ask others
         async with await self._directory.open_stream(source, SPAN) as stream:
             await stream.send(pb.SpanRequest(plan=self.plan.digest, span=index).SerializeToString())
-            signed = parse(pb.Signed, await stream.receive(MAX_RECEIPT_BYTES, self.plan.message.step_seconds))
+            signed = parse(pb.Signed, await stream.receive(MAX_RECEIPT_BYTES, patience))
             receipt = open_signed(signed, self._run_id, pb.SpanReceipt, self.plan.message.reducers[index].peer).message
             if (receipt.plan, receipt.seal, receipt.span) != (self.plan.digest, seal.digest, index):
                 raise StaleError("the receipt is for another plan, seal or span")
