@@ -6,6 +6,7 @@ and nothing counts twice (the invariants).
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,16 @@ from support.streams import forever, on_serving, on_stream
 from support.swarm import Swarm, Wrap
 
 from hivegrpo.coordinator.events import AttemptFailed, ContributionRejected, VersionCommitted
+from hivegrpo.peer.swarm.contribution import EncodedVector
+from hivegrpo.peer.swarm.directory import Directory
+from hivegrpo.peer.swarm.exchange import SPAN, Exchange, ExchangeServer
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.chainfile import ChainFile
-from hivegrpo.protocol.envelope import parse
+from hivegrpo.protocol.envelope import open_signed, parse, sign
+from hivegrpo.protocol.errors import RemoteError
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.transport.base import Stream, StreamHandler
+from hivegrpo.protocol.transport.memory import MemoryNetwork
 
 VALUES = 40_000
 NAMES = ("a", "b", "c", "d")
@@ -169,6 +175,40 @@ def test_a_reducer_that_dies_after_serving_one_peer_costs_no_attempt(bed: Bed, s
     bed.play({REDUCER: on_serving("span", dying)})
     assert bed.version() == (1, {"a", "b", "c"}, {"a", "b", "c", "d"})
     assert bed.culprits() == []
+
+
+def test_a_peer_without_a_span_says_so_at_once() -> None:
+    """Otherwise two would wait for each other, and a third that has the span would not be asked."""
+
+    async def scenario() -> None:
+        network, key, run_id = MemoryNetwork(), Identity.generate(), "00" * 32
+        other = Identity.generate().peer_id
+        plan = pb.RoundPlan(
+            codec="fp32", values=1, step_seconds=3600.0, reducers=[pb.Reducer(peer=other, first=0, chunks=1)]
+        )
+        opened = open_signed(sign(key, run_id, plan), run_id, pb.RoundPlan, key.peer_id)
+        transport, asking = network.join(key), network.join(other)
+        with ThreadPoolExecutor(1) as worker:
+            exchange = Exchange(
+                opened,
+                EncodedVector((b"",)),
+                identity=key,
+                run_id=run_id,
+                directory=Directory(transport),
+                worker=worker,
+            )
+            server = ExchangeServer()
+            await server.start(transport)
+            await server.add(exchange)
+            await asking.connect(transport.addresses())
+            async with asyncio.timeout(20), await asking.open_stream(key.peer_id, SPAN) as stream:
+                await stream.send(pb.SpanRequest(plan=opened.digest, span=0).SerializeToString())
+                with pytest.raises(RemoteError, match="ended"):
+                    await stream.receive(1000)
+        await transport.close()
+        await asking.close()
+
+    asyncio.run(scenario())
 
 
 def test_a_reducer_that_serves_one_peer_and_keeps_the_rest_waiting_costs_no_attempt(bed: Bed) -> None:
