@@ -73,7 +73,9 @@ def attempt_of(peers: str, seen: dict[str, float], liars: dict[str, float] | Non
     sent = (len(peers) - 1) * size
 
     def seconds(observer: str, peer: str) -> float:
-        return 0.0 if observer == peer else sent / (liars or {}).get(observer, seen[peer])
+        if observer == peer and observer not in (liars or {}):
+            return 0.0  # nothing is sent; a liar says otherwise
+        return sent / (liars or {}).get(observer, seen[peer])
 
     for observer in peers:
         pushed = [pb.Complete(peer=peer, seconds=seconds(observer, peer)) for peer in peers]
@@ -90,6 +92,8 @@ def test_a_rate_is_what_all_uploads_of_a_peer_came_to() -> None:
     assert samples(attempt_of("abcd", seen)) == pytest.approx(seen)
     assert samples(attempt_of("abcd", seen, size=MIN_BYTES - 1)) == {}, "too little to say anything"
     assert samples(attempt_of("abcd", seen, liars={"a": 1e12})) == pytest.approx(seen), "no liar's word"
+    humble = samples(attempt_of("ab", {"a": 1e6, "b": 2e6}, liars={"a": 1.0}))
+    assert humble == pytest.approx({"a": 1e6, "b": 1.0}), "nobody's own word; of two, one has to believe the other"
 
 
 @given(

@@ -127,6 +127,14 @@ def test_of_two_reducers_that_lack_different_senders_both_lose_the_job(machine: 
     assert contributors(machine) == machine.peers
 
 
+def test_there_is_one_repeat_a_round_whoever_is_lacking(machine: Machine) -> None:
+    report_all_but(machine, {reducers(machine)[1]: machine.peers[0]})
+    first, second = reducers(machine)
+    report_all_but(machine, {first: second})
+    assert machine.state.phase is Phase.STEP, "sealed without it"
+    assert len(machine.of(ev.AttemptFailed)) == 1
+
+
 def test_a_sender_that_most_lack_is_left_out_at_once(machine: Machine) -> None:
     first, second, third = reducers(machine)
     other = next(peer for peer in machine.peers if peer not in (first, second, third))

@@ -142,7 +142,9 @@ class Exchange:
         self._count(stream)
 
     async def serve_span(self, stream: Stream, index: int) -> None:
-        """Send a span with its receipt, once it is here."""
+        """Send a span with its receipt: the own one once it is reduced, another's only if it is here already."""
+        if index not in self.spans and (self.reducer is None or index != self.reducer.span):
+            raise StaleError(f"span {index} is not here")  # two who wait for each other would not ask who has it
         try:
             async with asyncio.timeout(self.plan.message.step_seconds), self._changed:
                 await self._changed.wait_for(lambda: index in self.spans)
@@ -185,8 +187,7 @@ class Exchange:
             return
         layout = SpanLayout.of(self.plan.message, index)
         first = self.plan.message.reducers[index].peer
-        others = [peer.peer for peer in self.plan.message.reducers if peer.peer not in (first, self._identity.peer_id)]
-        sources = [first, *others]
+        sources = [first, *self._others(first)]
         attempt = 0
 
         async def fetch() -> None:
@@ -196,6 +197,21 @@ class Exchange:
             await self._keep(index, await self._fetch_span(source, index, layout, seal))
 
         await self._retry(fetch, self.plan.message.step_seconds)
+
+    def _others(self, first: str) -> list[str]:
+        """Who else may have a span, reducers first: all others are connected to these, since they pushed to them.
+
+        Each peer begins at another place, so that not all ask the same one.
+        """
+        plan, me = self.plan.message, self._identity.peer_id
+        reducers = [reducer.peer for reducer in plan.reducers]
+        roster = [contributor.peer for contributor in plan.contributors]
+        turn = roster.index(me) if me in roster else 0
+        others = []
+        for group in (reducers, [peer for peer in roster if peer not in set(reducers)]):
+            start = turn % max(len(group), 1)
+            others += group[start:] + group[:start]
+        return [peer for peer in others if peer not in (first, me)]
 
     async def _reduce(self, reducer: SpanReducer, seal: Opened[pb.Seal]) -> Span:
         if not reducer.has_all(seal.message):
@@ -217,9 +233,10 @@ class Exchange:
         return stream
 
     async def _fetch_span(self, source: str, index: int, layout: SpanLayout, seal: Opened[pb.Seal]) -> Span:
+        patience = self.plan.message.step_seconds / 2  # then there is time to ask others
         asked = self._asked.pop(index, None) if source == self.plan.message.reducers[index].peer else None
         async with asked or await self._ask(source, index) as stream:
-            signed = parse(pb.Signed, await stream.receive(MAX_RECEIPT_BYTES, self.plan.message.step_seconds))
+            signed = parse(pb.Signed, await stream.receive(MAX_RECEIPT_BYTES, patience))
             receipt = open_signed(signed, self._run_id, pb.SpanReceipt, self.plan.message.reducers[index].peer).message
             if (receipt.plan, receipt.seal, receipt.span) != (self.plan.digest, seal.digest, index):
                 raise StaleError("the receipt is for another plan, seal or span")
@@ -230,7 +247,7 @@ class Exchange:
             ref = BlobRef(receipt.content.root, layout.size)
             if receipt.content.size != layout.size:
                 raise CommitmentError(f"a span of {receipt.content.size} bytes where the plan says {layout.size}")
-            patience, began = self.plan.message.step_seconds, time.perf_counter()
+            began = time.perf_counter()
             pieces = [await stream.receive(ref.piece_size(piece), patience) for piece in range(ref.pieces)]
             if source == self.plan.message.reducers[index].peer:
                 self.span_seconds[index] = time.perf_counter() - began
