@@ -190,8 +190,11 @@ class Volunteer:
         """One attempt as the architecture has it; each line is a step of the round."""
         self._versions.check_plan(plan.message)
         exchange = await self._open_exchange(plan, own)
-        seal = await self._exchange(exchange)
-        spans = await exchange.collect(seal)
+        try:
+            seal = await self._exchange(exchange)
+            spans = await exchange.collect(seal)
+        finally:
+            await exchange.end()
         root = await self._step(plan, seal, spans)
         await self._vote(exchange, seal, spans, root)
 
