@@ -217,7 +217,7 @@ class Volunteer:
             seal = await self._exchange(exchange)
             spans = await exchange.collect(seal)
         finally:
-            await exchange.hang_up()
+            await exchange.end()
         voted = asyncio.Event()
         auditing = asyncio.create_task(self._auditor.audit(exchange, seal, voted))
         try:

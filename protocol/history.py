@@ -1,7 +1,6 @@
 """What a node did, one JSON object a line, for people and for the invariant checker (`invariants`)."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,12 @@ Record = dict[str, Any]
 
 
 class History:
-    """Appends records {"kind": ..., ...} to a file; each is on disk before `record` returns."""
+    """Appends records {"kind": ..., ...} to a file.
+
+    Each is with the operating system before `record` returns: it outlives this process, however that ends, though not a
+    machine that goes down. A sync to disk would hold up the event loop in the middle of a round, for what nothing but
+    people and checks depend on.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -21,7 +25,6 @@ class History:
         """Append one record; bytes are written as hex."""
         line = json.dumps({"kind": kind, **fields}, default=_hex, separators=(",", ":"))
         self._file.write(line.encode() + b"\n")
-        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Release the file."""

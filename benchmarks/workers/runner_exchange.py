@@ -15,7 +15,7 @@ from hivemind.p2p import P2P, PeerID
 from hivemind.utils.asyncio import switch_to_uvloop
 from lines import hear, say
 from sockets import keep_sockets_together
-from vectors import Mean, vector_of
+from vectors import Mean, save_sample, vector_of
 
 
 async def main(rank: int, peers: int, values: int) -> None:
@@ -28,12 +28,12 @@ async def main(rank: int, peers: int, values: int) -> None:
     p2p = await P2P.create(initial_peers=message["initial_peers"])
     try:
         say("joined", addresses=[str(address) for address in await p2p.get_visible_maddrs()], peer=str(p2p.peer_id))
-        await reduce_on_command(p2p, own, mean)
+        await reduce_on_command(p2p, rank, own, mean)
     finally:
         await p2p.shutdown()
 
 
-async def reduce_on_command(p2p: P2P, own: torch.Tensor, mean: Mean) -> None:
+async def reduce_on_command(p2p: P2P, rank: int, own: torch.Tensor, mean: Mean) -> None:
     """Until the driver has no more to say."""
     number = 0
     while (message := await hear_async("arm")) is not None:
@@ -58,7 +58,7 @@ async def reduce_on_command(p2p: P2P, own: torch.Tensor, mean: Mean) -> None:
         async for delta in runner:
             tensor.add_(delta)
         seconds = time.perf_counter() - start
-        say("stepped", seconds=seconds, averaged=mean.matches(tensor))
+        say("stepped", seconds=seconds, averaged=mean.matches(tensor), sample=save_sample(rank, tensor))
 
 
 async def hear_async(kind: str) -> dict[str, Any] | None:

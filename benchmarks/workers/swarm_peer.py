@@ -1,7 +1,6 @@
 """One peer of a run without a model: `hivegrpo.peer.daemon.work_in_run` over libp2p, with a learner that only answers.
 
-Arguments: home folder, rank, number of peers, number of values; optionally the address to listen on, and the
-seconds that a rollout takes.
+Arguments: home folder, rank, number of peers, number of values.
 
 The product has no switches for this. What is timed is seen from outside: the transport sees the peer's reports go out,
 and `decode_vector`, as `hivegrpo.peer.swarm.replay` calls it, returns when the averaged gradient is decoded.
@@ -11,7 +10,11 @@ import asyncio
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,7 +27,6 @@ from vectors import Mean, vector_of
 
 from hivegrpo.peer.daemon import work_in_run
 from hivegrpo.peer.home import PeerHome
-from hivegrpo.peer.learn.cancel import Cancelled
 from hivegrpo.peer.learn.evaluation import Evaluation
 from hivegrpo.peer.learn.learner import LearnedContribution
 from hivegrpo.peer.swarm import replay
@@ -38,17 +40,17 @@ from hivegrpo.protocol.chainstream import fetch_run
 from hivegrpo.protocol.config import RunConfig
 from hivegrpo.protocol.envelope import parse
 from hivegrpo.protocol.identity import Identity
+from hivegrpo.protocol.transport.frames import FramedStream
 from hivegrpo.protocol.transport.p2p import P2PTransport
 
 
 class Stopwatch:
-    """Times of the round in progress, and the figures of those that are over."""
+    """Times of the round in progress; tells the driver when it has been voted on."""
 
     def __init__(self, mean: Mean) -> None:
-        self.rounds: list[dict[str, Any]] = []
         self._mean = mean
-        self._learned = self._reported = self._decoded = 0.0
-        self._contributed = 0
+        self._learned = self._reported = self._decoded = self._decoding = 0.0
+        self._contributed = self._voted = self._encoded = 0
         self._average = torch.zeros(0)
 
     def learned(self) -> None:
@@ -63,51 +65,59 @@ class Stopwatch:
                 self._contributed, self._reported = lease, time.perf_counter()
         elif signed.type == "StepReport":
             report = parse(pb.StepReport, signed.payload)
-            if not self.rounds or self.rounds[-1]["version"] != report.version:
-                self.rounds.append(self._figures(report))
+            if report.version != self._voted:
+                self._voted = report.version
+                say("averaged", **self._figures(report))
 
     def decode(self, codec: Codec, data: bytes | memoryview, values: int) -> Tensor:
         """`decode_vector`, and the time at which it is done."""
+        began = time.perf_counter()
         vector = decode_vector(codec, data, values)
-        self._decoded, self._average = time.perf_counter(), vector
+        self._decoded, self._average, self._encoded = time.perf_counter(), vector, len(data)
+        self._decoding = self._decoded - began
         return vector
 
     def _figures(self, report: pb.StepReport) -> dict[str, Any]:
         return {
-            "version": report.version,
             "round": self._decoded - self._reported,
-            "averaged": self._mean.matches(self._average),
-            "exchange": report.metrics["seconds/exchange"],
+            "data": report.metrics["seconds/exchange"] + self._decoding,
             "encoding": self._reported - self._learned,
-            "at": time.time(),
-            "interface": interface_bytes(),
+            "averaged": self._mean.matches(self._average),
+            "digest": sha256(self._average.numpy()).hexdigest(),
+            "encoded": self._encoded,
         }
 
 
-def interface_bytes() -> list[int]:
-    """Sent and received so far by eth0, headers included; zeros where there is none."""
-    counters = [Path(f"/sys/class/net/eth0/statistics/{name}_bytes") for name in ("tx", "rx")]
-    return [int(path.read_text()) if path.exists() else 0 for path in counters]
-
-
 class WatchedTransport(P2PTransport):
-    """Shows a stopwatch the reports that are sent."""
+    """Shows a stopwatch the reports that are sent, and counts the bytes of all streams."""
 
     watch: Stopwatch
+    _sent_before = 0
+
+    @property
+    def sent(self) -> int:
+        """Bytes of frames and their prefixes so far, on streams that are open or were."""
+        return self._sent_before + sum(stream.bytes_sent for stream in set(self._streams))
 
     async def call(self, peer_id: str, name: str, request: bytes, timeout: float = 10.0) -> bytes:
         if name == REPORT:
             self.watch.reports(parse(pb.Signed, request))
         return await super().call(peer_id, name, request, timeout)
 
+    def forget(self, stream: FramedStream) -> None:
+        if stream in self._streams:
+            self._sent_before += stream.bytes_sent
+        super().forget(stream)
+
 
 class ConstantLearner:
-    """Returns the same vector, after a while that passes for a rollout."""
+    """Returns the same vector, whenever the driver says."""
 
-    def __init__(self, vector: Tensor, watch: Stopwatch, rollout: float) -> None:
+    def __init__(self, vector: Tensor, transport: WatchedTransport, gone: Callable[[], object]) -> None:
+        """`gone` is called, in the worker's thread, when there is no driver any more."""
         self._vector = vector
-        self._rollout = rollout
-        self._watch = watch
+        self._transport = transport
+        self._gone = gone
 
     def load(self, version: int, vector: Tensor) -> None:
         """Nothing depends on the parameters."""
@@ -118,9 +128,10 @@ class ConstantLearner:
     def contribute(
         self, lease: int, start: int, count: int, wanted: int, cancelled: threading.Event
     ) -> LearnedContribution:
-        if self._rollout and cancelled.wait(self._rollout):
-            raise Cancelled
-        self._watch.learned()
+        say("armed", sent=self._transport.sent)
+        if hear("go") is None:
+            self._gone()
+        self._transport.watch.learned()
         return LearnedContribution(
             vector=self._vector,
             weight=1,
@@ -139,21 +150,20 @@ class ConstantLearner:
         raise AssertionError("the run has nothing to evaluate")
 
 
-async def main(home: PeerHome, rank: int, peers: int, values: int, host: str, rollout: float) -> None:
-    """Hear the address; work until the run is finished; say the figures."""
-    watch = Stopwatch(Mean(peers, values))
-    learner = ConstantLearner(vector_of(rank, values), watch, rollout)
+async def main(home: PeerHome, rank: int, peers: int, values: int) -> None:
+    """Hear the address; work until the driver has gone."""
+    watch, own = Stopwatch(Mean(peers, values)), vector_of(rank, values)
     say("loaded")
     message = hear("join")
     if message is None:
         return
-    working = asyncio.current_task()
+    working, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert working is not None
-    asyncio.get_running_loop().add_reader(sys.stdin.fileno(), working.cancel)  # the driver has gone
     address = message["address"]
     identity = Identity.generate()
-    transport = await WatchedTransport.create(identity, host, initial_peers=[address])
+    transport = await WatchedTransport.create(identity, initial_peers=[address])
     transport.watch = watch
+    learner = ConstantLearner(own, transport, partial(loop.call_soon_threadsafe, working.cancel))
     try:
         coordinator = await transport.connect([address])
         chainfile = ChainFile.create(home.root, await fetch_run(transport, coordinator), coordinator)
@@ -173,12 +183,11 @@ async def main(home: PeerHome, rank: int, peers: int, values: int, host: str, ro
             )
     finally:
         await transport.close()
-    say("finished", rounds=watch.rounds)
 
 
 if __name__ == "__main__":
     keep_sockets_together()
     torch.set_num_threads(1)
-    home, rank, peers, values, *more = sys.argv[1:]
-    host, rollout = more or ("127.0.0.1", "0")
-    asyncio.run(main(PeerHome(Path(home)), int(rank), int(peers), int(values), host, float(rollout)))
+    home, *numbers = sys.argv[1:]
+    with suppress(asyncio.CancelledError):
+        asyncio.run(main(PeerHome(Path(home)), *map(int, numbers)))

@@ -1,6 +1,7 @@
 """Where peers can be dialled, as far as anyone said."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.errors import HiveError, RemoteError
@@ -15,6 +16,8 @@ class Directory:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._addresses: dict[str, list[str]] = {}
+        self._reached: set[str] = set()
+        """Peers to which the last stream could be opened: asking for a connection again would be a round trip more."""
 
     def learn(self, endpoints: Iterable[pb.Endpoint | pb.Reducer]) -> None:
         """Remember addresses; the newest win, the oldest are forgotten beyond `MAX_KNOWN` peers."""
@@ -39,6 +42,16 @@ class Directory:
                 raise RemoteError(f"cannot dial {peer_id}: {error}") from error
 
     async def open_stream(self, peer_id: str, name: str, timeout: float = 10.0) -> Stream:
-        """Dial if need be, then open a stream."""
+        """Open a stream; dial first, unless the last one to that peer could be opened and this one can, too."""
+        if peer_id in self._reached:
+            self._reached.discard(peer_id)
+            with suppress(RemoteError):
+                return self._has_reached(peer_id, await self._transport.open_stream(peer_id, name, timeout))
         await self.reach(peer_id, timeout)
-        return await self._transport.open_stream(peer_id, name, timeout)
+        return self._has_reached(peer_id, await self._transport.open_stream(peer_id, name, timeout))
+
+    def _has_reached(self, peer_id: str, stream: Stream) -> Stream:
+        if len(self._reached) >= MAX_KNOWN:
+            self._reached.clear()
+        self._reached.add(peer_id)
+        return stream

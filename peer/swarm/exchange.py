@@ -1,14 +1,14 @@
 """The exchange of one attempt: push own chunks to the reducers, reduce the own span, collect all spans.
 
-Streams "push" (sender to reducer) and "span" (from the reducer, or from any peer that already has the span).
+Streams "push" (a sender's chunks to a reducer, and later the span back) and "span" (from any peer that has the span).
 """
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
-from contextlib import suppress
 from dataclasses import dataclass
+from itertools import cycle
 
 import structlog
 
@@ -80,8 +80,9 @@ class Exchange:
         self._directory = directory
         self._worker = worker
         self._changed = asyncio.Condition()
-        self._asked: dict[int, Stream] = {}
-        """Streams on which a span was asked for before it is there: two round trips that nobody waits for."""
+        self._over = False
+        self._lines: dict[int, Stream] = {}
+        """Streams to the reducers that have this peer's chunks, and were asked for their spans."""
         directory.learn(plan.message.reducers)
         mine = [index for index, reducer in enumerate(plan.message.reducers) if reducer.peer == identity.peer_id]
         self.reducer = SpanReducer(plan, mine[0]) if mine else None
@@ -113,11 +114,6 @@ class Exchange:
         self.seconds = time.perf_counter() - self.began
         return [self.spans[index] for index in range(len(self.spans))]
 
-    async def hang_up(self) -> None:
-        """Close what was opened and not used; what is here is served on."""
-        while self._asked:
-            await self._asked.popitem()[1].close()
-
     async def serve_push(self, stream: Stream, signed: pb.Signed) -> None:
         """Take a sender's chunks."""
         header = open_signed(signed, self._run_id, pb.PushHeader, signer=stream.remote)
@@ -139,22 +135,35 @@ class Exchange:
             raise CommitmentError(error.message) from None
         self.pulls.keep_header(signed)
         await stream.send(pb.Ack(accepted=True).SerializeToString())
-        self._count(stream)
 
     async def serve_span(self, stream: Stream, index: int) -> None:
-        """Send a span with its receipt: the own one once it is reduced, another's only if it is here already."""
+        """Send a span with its receipt: the own one once it is reduced, another's only if it is here already.
+
+        Nothing, if the attempt ends without it.
+        """
+        plan = self.plan.message
         if index not in self.spans and (self.reducer is None or index != self.reducer.span):
             raise StaleError(f"span {index} is not here")  # two who wait for each other would not ask who has it
         try:
-            async with asyncio.timeout(self.plan.message.step_seconds), self._changed:
-                await self._changed.wait_for(lambda: index in self.spans)
+            async with asyncio.timeout(plan.exchange_seconds + plan.step_seconds), self._changed:
+                await self._changed.wait_for(lambda: index in self.spans or self._over)
         except TimeoutError:
             raise StaleError(f"span {index} did not become available here") from None
+        if index not in self.spans:
+            return
         span = self.spans[index]
         await stream.send(span.receipt.SerializeToString())
         for piece in split_pieces(span.data):
             await stream.send(piece)
         self._count(stream)
+
+    async def end(self) -> None:
+        """Nothing more is done for this attempt: whoever waits for a span that is not here waits in vain."""
+        async with self._changed:
+            self._over = True
+            self._changed.notify_all()
+        while self._lines:
+            await self._lines.popitem()[1].close()
 
     async def _push_span(self, index: int) -> None:
         layout = SpanLayout.of(self.plan.message, index)
@@ -165,18 +174,22 @@ class Exchange:
             return
         signed = sign(self._identity, self._run_id, header)
         await self._retry(lambda: self._push_once(index, signed, chunks), self.plan.message.exchange_seconds)
-        with suppress(WireError):  # it is asked for again after the seal
-            self._asked[index] = await self._ask(self.plan.message.reducers[index].peer, index)
 
     async def _push_once(self, index: int, header: pb.Signed, chunks: list[bytes]) -> None:
-        async with await self._directory.open_stream(self.plan.message.reducers[index].peer, PUSH) as stream:
+        """Send a reducer its chunks, and ask for the span: it comes as soon as it is made."""
+        stream = await self._directory.open_stream(self.plan.message.reducers[index].peer, PUSH)
+        try:
             await stream.send(header.SerializeToString())
             for chunk in chunks:
                 await stream.send(chunk)
             ack = parse(pb.Ack, await stream.receive(MAX_HEADER_BYTES, timeout=self.plan.message.exchange_seconds))
-            self._count(stream)
             if not ack.accepted:
                 raise RemoteError(f"the reducer refused the push: {ack.reason[:200]}")
+            await stream.send(pb.SpanRequest(plan=self.plan.digest, span=index).SerializeToString())
+        except BaseException:
+            await stream.close()
+            raise
+        self._lines[index] = stream
 
     async def _obtain(self, index: int, seal: Opened[pb.Seal]) -> None:
         if self.reducer is not None and index == self.reducer.span:
@@ -187,14 +200,14 @@ class Exchange:
             return
         layout = SpanLayout.of(self.plan.message, index)
         first = self.plan.message.reducers[index].peer
-        sources = [first, *self._others(first)]
-        attempt = 0
+        sources = cycle([first, *self._others(first)])
 
         async def fetch() -> None:
-            nonlocal attempt
-            source = sources[attempt % len(sources)]
-            attempt += 1
-            await self._keep(index, await self._fetch_span(source, index, layout, seal))
+            source = next(sources)
+            line = self._lines.pop(index, None) if source == first else None
+            async with line or await self._request_span(source, index) as stream:
+                span = await self._receive_span(stream, index, layout, seal)
+            await self._keep(index, span)
 
         await self._retry(fetch, self.plan.message.step_seconds)
 
@@ -223,7 +236,7 @@ class Exchange:
         receipt = receipt_of(self.plan.digest, seal.digest, reducer.span, content)
         return Span(sign_payload(self._identity, self._run_id, "SpanReceipt", receipt), content, data)
 
-    async def _ask(self, source: str, index: int) -> Stream:
+    async def _request_span(self, source: str, index: int) -> Stream:
         stream = await self._directory.open_stream(source, SPAN)
         try:
             await stream.send(pb.SpanRequest(plan=self.plan.digest, span=index).SerializeToString())
@@ -232,26 +245,23 @@ class Exchange:
             raise
         return stream
 
-    async def _fetch_span(self, source: str, index: int, layout: SpanLayout, seal: Opened[pb.Seal]) -> Span:
+    async def _receive_span(self, stream: Stream, index: int, layout: SpanLayout, seal: Opened[pb.Seal]) -> Span:
         patience = self.plan.message.step_seconds / 2  # then there is time to ask others
-        asked = self._asked.pop(index, None) if source == self.plan.message.reducers[index].peer else None
-        async with asked or await self._ask(source, index) as stream:
-            signed = parse(pb.Signed, await stream.receive(MAX_RECEIPT_BYTES, patience))
-            receipt = open_signed(signed, self._run_id, pb.SpanReceipt, self.plan.message.reducers[index].peer).message
-            if (receipt.plan, receipt.seal, receipt.span) != (self.plan.digest, seal.digest, index):
-                raise StaleError("the receipt is for another plan, seal or span")
-            if signed.payload != receipt_of(self.plan.digest, seal.digest, index, receipt.content):
-                raise FrameError(
-                    "a receipt with something else in it: whoever has only its signature could not check it"
-                )
-            ref = BlobRef(receipt.content.root, layout.size)
-            if receipt.content.size != layout.size:
-                raise CommitmentError(f"a span of {receipt.content.size} bytes where the plan says {layout.size}")
-            began = time.perf_counter()
-            pieces = [await stream.receive(ref.piece_size(piece), patience) for piece in range(ref.pieces)]
-            if source == self.plan.message.reducers[index].peer:
-                self.span_seconds[index] = time.perf_counter() - began
-            self._count(stream)
+        reducer = self.plan.message.reducers[index].peer
+        signed = parse(pb.Signed, await stream.receive(MAX_RECEIPT_BYTES, patience))
+        receipt = open_signed(signed, self._run_id, pb.SpanReceipt, reducer).message
+        if (receipt.plan, receipt.seal, receipt.span) != (self.plan.digest, seal.digest, index):
+            raise StaleError("the receipt is for another plan, seal or span")
+        if signed.payload != receipt_of(self.plan.digest, seal.digest, index, receipt.content):
+            raise FrameError("a receipt with something else in it: whoever has only its signature could not check it")
+        ref = BlobRef(receipt.content.root, layout.size)
+        if receipt.content.size != layout.size:
+            raise CommitmentError(f"a span of {receipt.content.size} bytes where the plan says {layout.size}")
+        began = time.perf_counter()
+        pieces = [await stream.receive(ref.piece_size(piece), patience) for piece in range(ref.pieces)]
+        if stream.remote == reducer:
+            self.span_seconds[index] = time.perf_counter() - began
+        self._count(stream)
         data = b"".join(pieces)
         if len(data) != ref.size or blob_root(data) != ref.root:
             raise CommitmentError("the span's bytes are not those of its receipt")
@@ -307,9 +317,17 @@ class ExchangeServer:
         signed = parse(pb.Signed, await stream.receive(MAX_HEADER_BYTES))
         exchange = await self._find(parse(pb.PushHeader, signed.payload).plan)
         await exchange.serve_push(stream, signed)
+        try:
+            request = await stream.receive(MAX_HEADER_BYTES)
+        except RemoteError:
+            return  # it has no more to ask for
+        await self._answer(stream, request)
 
     async def _on_span(self, stream: Stream) -> None:
-        request = parse(pb.SpanRequest, await stream.receive(MAX_HEADER_BYTES))
+        await self._answer(stream, await stream.receive(MAX_HEADER_BYTES))
+
+    async def _answer(self, stream: Stream, frame: bytes) -> None:
+        request = parse(pb.SpanRequest, frame)
         exchange = await self._find(request.plan)
         if request.span >= len(exchange.plan.message.reducers):
             raise StaleError("no such span in that plan")

@@ -85,23 +85,30 @@ class SpanReducer:
             return
         self._receiving.add(sender)
         began = time.perf_counter()
+        chunks: list[bytes] = []
+        leaves: list[bytes] = []
         try:
-            chunks = [await self._frame(stream, size) for size in self.layout.sizes]
+            for size in self.layout.sizes:
+                chunks.append(await self._frame(stream, size))
+                leaves.append(leaf_hash(chunks[-1]))
             self._seconds[sender] = time.perf_counter() - began
-            await self.take(sender, chunks, header.message)
+            await self._keep(sender, chunks, leaves, header.message)
         except CommitmentError as error:
             raise RefusedPush(error.message, chunks) from None
         finally:
             self._receiving.discard(sender)
 
     async def take(self, sender: str, chunks: list[bytes], header: pb.PushHeader) -> None:
+        """As `receive`, of chunks that are here."""
+        await self._keep(sender, chunks, [leaf_hash(chunk) for chunk in chunks], header)
+
+    async def _keep(self, sender: str, chunks: list[bytes], leaves: list[bytes], header: pb.PushHeader) -> None:
         """Check a sender's chunks against what it says it sends, and against its committed root, and keep them."""
-        leaves = [leaf_hash(chunk) for chunk in chunks]
         if merkle_root(leaves) != header.content:
             raise CommitmentError("the chunks are not those that the push's header announces")
         total = chunk_count(self.plan.message.values)
         check_range(self._roots[sender], total, self.layout.chunks, leaves, header.proof)
-        norm_squared = await asyncio.to_thread(self._norm_squared, chunks)
+        norm_squared = await self._norm_squared(chunks)
         if norm_squared > MAX_NORM_SQUARED:
             raise CommitmentError(f"{sender} contributes values so large that the step would overflow")
         self._norms[sender], self._chunks[sender] = norm_squared, chunks
@@ -142,10 +149,13 @@ class SpanReducer:
         """The span's bytes, from the sealed senders' chunks."""
         return reduce_span(self.plan.message, self.span, seal, self._chunks)
 
-    def _norm_squared(self, chunks: list[bytes]) -> int:
-        return sum(
-            self._codec.norm_squared(chunk, values) for chunk, values in zip(chunks, self.layout.values, strict=True)
-        )
+    async def _norm_squared(self, chunks: list[bytes]) -> int:
+        """In the event loop, which takes its turn after each chunk: a thread would wait for it with every operation."""
+        total = 0
+        for chunk, values in zip(chunks, self.layout.values, strict=True):
+            total += self._codec.norm_squared(chunk, values)
+            await asyncio.sleep(0)
+        return total
 
     async def _frame(self, stream: Stream, size: int) -> bytes:
         chunk = await stream.receive(size, timeout=self.plan.message.exchange_seconds)

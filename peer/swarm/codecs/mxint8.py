@@ -53,7 +53,7 @@ class MxInt8(Codec):
         scaled *= _UP_MORE.take(scales)
         np.clip(np.rint(scaled, out=scaled), -127.0, 127.0, out=scaled)
         elements = scaled.astype(np.int8).reshape(-1)[: chunk.numel()]
-        return b"".join((scales.astype(np.uint8).tobytes(), elements.tobytes()))
+        return bytes(scales.astype(np.uint8)) + bytes(elements)
 
     def decode(self, data: bytes | memoryview, values: int) -> Tensor:
         keep_subnormals()
