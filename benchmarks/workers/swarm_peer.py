@@ -108,6 +108,10 @@ class ConstantLearner:
         self._vector = vector
         self._rollout = rollout
         self._watch = watch
+        self._ahead = 0
+        """The lease that was sampled ahead."""
+        self.rollouts: list[float] = []
+        """When each rollout ended, in seconds since some moment."""
 
     def load(self, version: int, vector: Tensor) -> None:
         """Nothing depends on the parameters."""
@@ -115,11 +119,17 @@ class ConstantLearner:
     def load_reference(self, vector: Tensor | None) -> None:
         raise AssertionError("the run has no reference")
 
+    def sample(self, lease: int, start: int, count: int, wanted: int, cancelled: threading.Event) -> None:
+        if self._rollout and cancelled.wait(self._rollout):
+            raise Cancelled
+        self._ahead = lease
+        self.rollouts.append(time.perf_counter())
+
     def contribute(
         self, lease: int, start: int, count: int, wanted: int, cancelled: threading.Event
     ) -> LearnedContribution:
-        if self._rollout and cancelled.wait(self._rollout):
-            raise Cancelled
+        if lease != self._ahead:
+            self.sample(lease, start, count, wanted, cancelled)
         self._watch.learned()
         return LearnedContribution(
             vector=self._vector,
@@ -173,7 +183,7 @@ async def main(home: PeerHome, rank: int, peers: int, values: int, host: str, ro
             )
     finally:
         await transport.close()
-    say("finished", rounds=watch.rounds)
+    say("finished", rounds=watch.rounds, rollouts=learner.rollouts)
 
 
 if __name__ == "__main__":
