@@ -119,17 +119,27 @@ class Exchange:
         self._count(stream)
 
     async def serve_span(self, stream: Stream, index: int) -> None:
-        """Send a span with its receipt, once it is here."""
+        """Send a span with its receipt, once it is here; it may be asked for long before."""
+        patience = self.plan.message.step_seconds
+        gone = asyncio.create_task(stream.receive(0, patience))  # who asked says no more, but may hang up
+        here = asyncio.create_task(self._until_here(index))
         try:
-            async with asyncio.timeout(self.plan.message.step_seconds), self._changed:
-                await self._changed.wait_for(lambda: index in self.spans)
-        except TimeoutError:
-            raise StaleError(f"span {index} did not become available here") from None
+            await asyncio.wait({gone, here}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            here.cancel()
+            await asyncio.gather(gone, here, return_exceptions=True)
+        if index not in self.spans:
+            raise StaleError(f"span {index} did not become available here, or nobody wants it any more")
         span = self.spans[index]
         await stream.send(span.receipt.SerializeToString())
         for piece in split_pieces(span.data):
             await stream.send(piece)
         self._count(stream)
+
+    async def _until_here(self, index: int) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: index in self.spans)
 
     async def _push_span(self, index: int) -> None:
         layout = SpanLayout.of(self.plan.message, index)
