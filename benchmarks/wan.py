@@ -1,7 +1,7 @@
 """Rounds over a wide-area network: eight peers on 20 Mbit/s uplinks, 50 ms apart. See README.md beside this.
 
-Exits with 0 if a round takes at most 1.25 times what the uplinks alone need for it, with 1 if not, and with 77 where
-it cannot run: it needs root, for network namespaces.
+Exits with 0 if a round takes at most 1.25 times what the uplinks alone need for it (with --overlap: if peers sample
+in at least 0.95 of the time), with 1 if not, and with 77 where it cannot run: it needs root, for network namespaces.
 """
 
 import argparse
@@ -13,13 +13,17 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from links import Link, LinkError, Links
 from processes import Crew, WorkerError
 
 BAR = 1.25
+UTILISATION_BAR = 0.95
+SPEED_UP = 4.0
+"""Real rollouts over those of the first run with overlap, which must last longer than an exchange."""
+
 WARM_UP = 1
 """Rounds before those that count: connections are made."""
 
@@ -55,13 +59,15 @@ class Size:
         return 2 * (self.peers - 1) / self.peers * self.contribution / (self.up_mbit * 1e6 / 8)
 
 
-def measure(size: Size, folder: Path) -> list[list[dict[str, Any]]]:
-    """Figures of each peer, for each round that counts."""
+def run(size: Size, folder: Path, overlap: bool = False, rollout: float = 0.0) -> list[dict[str, Any]]:
+    """What each peer says at the end of a run."""
     links = [Link(size.up_mbit, size.down_mbit)] * size.peers + [Link(0.0, 0.0)]
     versions = WARM_UP + size.rounds
+    folder.mkdir(exist_ok=True)
     with Links(links) as network, Crew(folder) as crew:
         crew.start("switch.py", "switch", len(links), size.delay, within=network.hub).hear("switching", START_SECONDS)
-        tables = json.dumps({"averaging": {"audit_rate": 0.0}, "timing": {"exchange": 60.0}})
+        averaging = {"audit_rate": 0.0, "overlap": overlap}
+        tables = json.dumps({"averaging": averaging, "timing": {"exchange": 60.0}})
         coordinator = crew.start(
             "swarm_coordinator.py",
             "coordinator",
@@ -71,10 +77,10 @@ def measure(size: Size, folder: Path) -> list[list[dict[str, Any]]]:
         )
         workers = [
             crew.start(
-                "swarm_peer.py",
+                "wan_peer.py",
                 f"peer-{rank}",
                 folder / f"peer-{rank}",
-                *(rank, size.peers, size.values, network.host(rank), 0),
+                *(rank, size.peers, size.values, network.host(rank), rollout),
                 within=network.within(rank),
             )
             for rank in range(size.peers)
@@ -84,9 +90,41 @@ def measure(size: Size, folder: Path) -> list[list[dict[str, Any]]]:
         address = coordinator.hear("serving", START_SECONDS)["address"]
         for worker in workers:
             worker.tell("join", address=address)
-        end = time.monotonic() + START_SECONDS + versions * ROUND_SECONDS
-        answers = [worker.hear("finished", max(1.0, end - time.monotonic()))["rounds"] for worker in workers]
-    return [[_of_version(rounds, version) for rounds in answers] for version in range(WARM_UP + 1, versions + 1)]
+        end = time.monotonic() + START_SECONDS + versions * (ROUND_SECONDS + rollout)
+        return [worker.hear("finished", max(1.0, end - time.monotonic())) for worker in workers]
+
+
+def measure(size: Size, folder: Path) -> list[list[dict[str, Any]]]:
+    """Figures of each peer, for each round that counts."""
+    answers = [answer["rounds"] for answer in run(size, folder)]
+    counted = range(WARM_UP + 1, WARM_UP + size.rounds + 1)
+    return [[_of_version(rounds, version) for rounds in answers] for version in counted]
+
+
+@dataclass(frozen=True, slots=True)
+class Utilisation:
+    """Share of the time in which peers sample: all of it but the turn from one rollout to the next."""
+
+    rollout: float
+    """Seconds of each."""
+    cycle: float
+    """Seconds from the end of one rollout to the end of the next: the mean over peers and rounds."""
+
+    @property
+    def share(self) -> float:
+        return self.rollout / self.cycle
+
+    def at(self, rollout: float) -> float:
+        """The model: with an exchange that is shorter than a rollout, the turn takes as long for any rollout."""
+        return rollout / (rollout + self.cycle - self.rollout)
+
+
+def utilisation(size: Size, folder: Path, rollout: float) -> Utilisation:
+    """Of a run with overlap, after its first rollout, which waits for nothing."""
+    ends = [answer["rollouts"] for answer in run(size, folder, overlap=True, rollout=rollout)]
+    if any(len(each) != WARM_UP + size.rounds for each in ends):
+        raise WorkerError(f"peers sampled {[len(each) for each in ends]} times in {WARM_UP + size.rounds} rounds")
+    return Utilisation(rollout, mean((each[-1] - each[0]) / (len(each) - 1) for each in ends))
 
 
 def _of_version(rounds: list[dict[str, Any]], version: int) -> dict[str, Any]:
@@ -115,6 +153,18 @@ def show(size: Size, rounds: list[list[dict[str, Any]]]) -> bool:
     return ratio <= BAR
 
 
+def show_overlap(size: Size, folder: Path, rollout: float) -> bool:
+    """Measure with short rollouts, say what follows for real ones, and measure these; whether the bar is met."""
+    short = utilisation(size, folder / "short", rollout / SPEED_UP)
+    print(f"{short.rollout:g} s of rollout: a cycle takes {short.cycle:.2f} s, utilisation {short.share:.3f};", end=" ")
+    print(f"so {short.at(rollout):.3f} is to be expected with {rollout:g} s", flush=True)
+    real = utilisation(size, folder / "real", rollout)
+    print(f"{real.rollout:g} s of rollout: a cycle takes {real.cycle:.2f} s, utilisation {real.share:.3f}", flush=True)
+    met = real.share >= UTILISATION_BAR
+    print(f"the bar is {UTILISATION_BAR}: {'met' if met else 'NOT met'}")
+    return met
+
+
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,6 +174,8 @@ def main() -> int:
     parser.add_argument("--up", type=float, default=20.0, help="Mbit/s of each peer's uplink")
     parser.add_argument("--down", type=float, default=100.0, help="Mbit/s of each peer's downlink")
     parser.add_argument("--delay", type=float, default=0.05, help="seconds from one node to another")
+    parser.add_argument("--overlap", action="store_true", help="measure how much of the time peers sample, instead")
+    parser.add_argument("--rollout", type=float, default=60.0, help="with --overlap: seconds of a real rollout")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw figures there")
     arguments = parser.parse_args()
     size = Size(arguments.values, arguments.peers, arguments.rounds, arguments.up, arguments.down, arguments.delay)
@@ -135,6 +187,8 @@ def main() -> int:
     print(f"load {os.getloadavg()[0]:.2f}", flush=True)
     try:
         with tempfile.TemporaryDirectory(prefix="bench-") as name:
+            if arguments.overlap:
+                return 0 if show_overlap(size, Path(name), arguments.rollout) else 1
             rounds = measure(size, Path(name))
     except LinkError as error:
         print(f"cannot run here: {error}", file=sys.stderr)

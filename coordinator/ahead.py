@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.planning import lease_payload, positions_for, wants_evaluation
-from hivegrpo.coordinator.round import Granted
+from hivegrpo.coordinator.round import Ahead, Granted
 from hivegrpo.coordinator.state import Phase, State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 
@@ -22,87 +22,108 @@ def due_ahead(state: State, now: float) -> tuple[ev.Event, ...]:
     return expired or tuple(_grants(state, now))
 
 
-def next_ahead(state: State, now: float) -> float | None:
+def next_ahead(state: State) -> float | None:
     """When the next lease ahead may expire."""
     grace = state.terms.config.timing.grace
-    away = (state.members[lease.message.peer] for lease in state.ahead.values())
-    return min((member.since + grace for member in away if not member.connected), default=None)
+    return min((state.members[peer].since + grace for peer in state.ahead.away), default=None)
 
 
 def expire_all(state: State, now: float, reason: str) -> Iterator[ev.LeaseExpired]:
     """The version that the leases ahead were to be worked on under is not made from this round."""
-    for lease in state.ahead:
+    for lease in state.ahead.leases:
         yield ev.LeaseExpired(now, lease, reason)
+
+
+def await_ahead(state: State) -> None:
+    """Apply a plan: its roster may have leases ahead."""
+    attempt = state.round.attempt
+    assert attempt is not None
+    for peer in sorted(attempt.roster):
+        meet_ahead(state, peer)
+
+
+def meet_ahead(state: State, peer: str) -> None:
+    """Apply that a peer is connected."""
+    ahead, attempt = state.ahead, state.round.attempt
+    ahead.away.pop(peer, None)
+    if not state.terms.config.averaging.overlap or attempt is None:
+        return
+    if peer in attempt.roster and peer in state.connected and peer not in ahead.holders:
+        ahead.waiting[peer] = None
+
+
+def miss_ahead(state: State, peer: str) -> None:
+    """Apply that a peer is not connected any more."""
+    state.ahead.waiting.pop(peer, None)
+    if peer in state.ahead.holders:
+        state.ahead.away[peer] = None
 
 
 def grant_ahead(state: State, lease: pb.Lease, payload: bytes, at: float) -> None:
     """Apply a grant."""
-    state.ahead[lease.id] = Granted(lease, payload, at)
+    ahead = state.ahead
+    ahead.leases[lease.id] = Granted(lease, payload, at)
+    ahead.holders[lease.peer] = lease.id
+    ahead.waiting.pop(lease.peer, None)
+    ahead.wanted += lease.wanted
+    ahead.evaluating = ahead.evaluating or lease.evaluate
     state.next_lease = lease.id + 1
     state.positions.take(range(lease.start, lease.start + lease.count))
 
 
 def expire_ahead(state: State, lease_id: int) -> None:
     """Apply an expiry."""
-    lease = state.ahead.pop(lease_id).message
+    ahead = state.ahead
+    lease = ahead.leases.pop(lease_id).message
+    del ahead.holders[lease.peer]
+    ahead.wanted -= lease.wanted
+    if lease.evaluate:
+        ahead.evaluating = False
     state.positions.give_back(range(lease.start, lease.start + lease.count))
+    meet_ahead(state, lease.peer)
 
 
 def adopt_ahead(state: State, at: float) -> None:
     """Apply to the round that has just begun: the leases ahead are its first ones, granted at its beginning."""
-    current, away = state.round, []
-    for lease_id, granted in state.ahead.items():
+    current, ahead, state.ahead = state.round, state.ahead, Ahead()
+    for lease_id, granted in ahead.leases.items():
         lease = granted.message
         assert lease.version == state.version
         state.leases[lease_id] = Granted(lease, granted.payload, at)
-        member = state.members[lease.peer]
-        member.lease = lease_id
+        state.members[lease.peer].lease = lease_id
         state.unserved.pop(lease.peer, None)
         state.idle.pop(lease.peer, None)
         current.served[lease.peer] = lease_id
-        current.leased += lease.wanted
-        current.evaluating = current.evaluating or lease.evaluate
         current.rollout_at = at
-        if not member.connected:
-            away.append((member.since, lease.peer))
-    for since, peer in sorted(away):
-        current.absent[peer] = since
-    state.ahead = {}
-
-
-def ahead_of(state: State, peer: str) -> Granted | None:
-    """A peer's lease ahead."""
-    return next((granted for granted in state.ahead.values() if granted.message.peer == peer), None)
+    current.leased += ahead.wanted
+    current.evaluating = current.evaluating or ahead.evaluating
+    for peer in sorted(ahead.away, key=lambda peer: state.members[peer].since):
+        current.absent[peer] = state.members[peer].since
 
 
 def _expiries(state: State, now: float) -> Iterator[ev.LeaseExpired]:
     grace = state.terms.config.timing.grace
-    for lease_id, granted in state.ahead.items():
-        member = state.members[granted.message.peer]
-        if member.left:
-            yield ev.LeaseExpired(now, lease_id, "its peer left")
-        elif not member.connected and now >= member.since + grace:
-            yield ev.LeaseExpired(now, lease_id, "its peer was lost")
+    for peer in state.ahead.away:
+        member = state.members[peer]
+        if member.left or now >= member.since + grace:
+            yield ev.LeaseExpired(
+                now, state.ahead.holders[peer], "its peer left" if member.left else "its peer was lost"
+            )
 
 
 def _grants(state: State, now: float) -> Iterator[ev.LeaseGranted]:
     """An even share for each connected contributor; what is left is for the others, when the version is committed."""
-    config, current = state.terms.config, state.round
-    attempt = current.attempt
-    if state.phase not in (Phase.EXCHANGE, Phase.STEP) or attempt is None or current.version >= config.run.versions:
+    config, ahead, coming = state.terms.config, state.ahead, state.round.version
+    remaining = config.grpo.prompts_per_round - ahead.wanted
+    if state.phase not in (Phase.EXCHANGE, Phase.STEP) or coming >= config.run.versions:
         return
-    having = {granted.message.peer for granted in state.ahead.values()}
-    free = [peer for peer in sorted(attempt.roster) if peer in state.connected and peer not in having]
-    remaining = config.grpo.prompts_per_round - sum(granted.message.wanted for granted in state.ahead.values())
-    waiting = len(state.connected.keys() - having)
-    evaluate = wants_evaluation(current.version, config) and not any(
-        granted.message.evaluate for granted in state.ahead.values()
-    )
+    if not ahead.waiting or remaining <= 0:
+        return
+    without = len(state.connected) - (len(ahead.holders) - len(ahead.away))
+    evaluate = wants_evaluation(coming, config) and not ahead.evaluating
     book = state.positions.copy()
-    for lease_id, peer in enumerate(free, start=state.next_lease):
-        if remaining <= 0:
-            return
-        share = -(-remaining // waiting)
+    for lease_id, peer in enumerate(ahead.waiting, start=state.next_lease):
+        share = -(-remaining // without)
         run = book.pick(positions_for(share, config.grpo))
         book.take(run)
         wanted = min(share, len(run))
@@ -110,4 +131,6 @@ def _grants(state: State, now: float) -> Iterator[ev.LeaseGranted]:
         yield ev.LeaseGranted(now, payload)
         evaluate = False
         remaining -= wanted
-        waiting -= 1
+        without -= 1
+        if remaining <= 0:
+            return

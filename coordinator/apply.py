@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import assert_never
 
 from hivegrpo.coordinator import events as ev
-from hivegrpo.coordinator.ahead import adopt_ahead, expire_ahead, grant_ahead
+from hivegrpo.coordinator.ahead import adopt_ahead, await_ahead, expire_ahead, grant_ahead, meet_ahead, miss_ahead
 from hivegrpo.coordinator.rates import follow
 from hivegrpo.coordinator.round import EVALUATION_PREFIX, Attempt, Audit, Granted, Held, Round, ballot_of, empty_pause
 from hivegrpo.coordinator.state import Ban, Head, Member, Phase, State
@@ -56,6 +56,7 @@ def apply(state: State, event: ev.Event) -> None:
             state.round.disputed = state.round.disputed or bool(event.disputed)
             state.phase = Phase.PLAN
             state.failed, state.round.attempt = state.round.attempt, None
+            state.ahead.waiting.clear()
             state.round.closed_at = at
             state.trouble = reason
         case ev.RoundAbandoned(reason=reason):
@@ -102,6 +103,7 @@ def _join(state: State, event: ev.PeerJoined) -> None:
         member.connected, member.left, member.since = True, False, event.at
     state.connected[event.peer] = None
     state.round.absent.pop(event.peer, None)
+    meet_ahead(state, event.peer)
     _offer(state, event.peer)
 
 
@@ -112,6 +114,7 @@ def _disconnect(state: State, peer: str, at: float) -> None:
     member.connected, member.since = False, at
     for group in (state.connected, state.unserved, state.idle):
         group.pop(peer, None)
+    miss_ahead(state, peer)
     if member.lease is not None or peer in state.round.contributions:
         state.round.absent[peer] = at
 
@@ -160,7 +163,7 @@ def _grant(state: State, payload: bytes, at: float) -> None:
 
 
 def _expire(state: State, lease_id: int) -> None:
-    if lease_id in state.ahead:
+    if lease_id in state.ahead.leases:
         expire_ahead(state, lease_id)
         return
     lease = _end_lease(state, lease_id)
@@ -220,6 +223,7 @@ def _plan(state: State, payload: bytes, at: float) -> None:
     current.attempt = Attempt(plan, payload, digest_of(payload), at, roster)
     current.attempts = plan.attempt
     current.tries += 1
+    await_ahead(state)
     state.phase = Phase.EXCHANGE
 
 

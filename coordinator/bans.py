@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 from hivegrpo.coordinator import events as ev
-from hivegrpo.coordinator.ahead import ahead_of
 from hivegrpo.coordinator.state import Phase, State
 
 
@@ -16,9 +15,8 @@ def end_of_banned(state: State, now: float) -> Iterator[ev.Event]:
         if member is not None and member.lease is not None:
             lease = state.leases[member.lease].message
             yield ev.LeaseExpired(now, lease.id, why, lease.iteration)
-        ahead = ahead_of(state, peer)
-        if ahead is not None:
-            yield ev.LeaseExpired(now, ahead.message.id, why)
+        if peer in state.ahead.holders:
+            yield ev.LeaseExpired(now, state.ahead.holders[peer], why)
         if peer in current.contributions:
             lease = current.contributions[peer].lease
             yield ev.ContributionRejected(now, peer, lease.id, why, lease.iteration)

@@ -43,9 +43,9 @@ def decide(state: State, now: float) -> Decision:
     if due:
         return Decision(due)
     decision = _of_round(state, now)
-    if decision.events or not state.ahead:
+    if decision.events or not state.ahead.away:
         return decision
-    return Decision(wake=min((at for at in (decision.wake, next_ahead(state, now)) if at is not None), default=None))
+    return Decision(wake=min((at for at in (decision.wake, next_ahead(state)) if at is not None), default=None))
 
 
 def _of_round(state: State, now: float) -> Decision:

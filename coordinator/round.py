@@ -43,6 +43,23 @@ class Granted:
     at: float
 
 
+@dataclass(slots=True)
+class Ahead:
+    """Leases for the round after the one in flight, and who could have one: `coordinator/ahead.py` keeps it."""
+
+    leases: dict[int, Granted] = field(default_factory=dict)
+    holders: dict[str, int] = field(default_factory=dict)
+    """Peers with such a lease."""
+    away: dict[str, None] = field(default_factory=dict)
+    """Those of them that are not connected."""
+    waiting: dict[str, None] = field(default_factory=dict)
+    """Connected peers of the plan's roster without one."""
+    wanted: int = 0
+    """Groups that these leases want."""
+    evaluating: bool = False
+    """Whether one of them has the held-out measurement."""
+
+
 @dataclass(frozen=True, slots=True)
 class Held:
     """A contribution that was received, with the lease that it answers."""

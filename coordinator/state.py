@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import Self
 
 from hivegrpo.coordinator.positions import Positions
-from hivegrpo.coordinator.round import Attempt, Granted, Round
+from hivegrpo.coordinator.round import Ahead, Attempt, Granted, Round
 from hivegrpo.coordinator.standing import Standing
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.config import RunConfig
@@ -118,8 +118,8 @@ class State:
     """Those of the unserved that hold the head (in genesis: that reported a root of version 0)."""
     leases: dict[int, Granted] = field(default_factory=dict)
     """Live leases by id, oldest first."""
-    ahead: dict[int, Granted] = field(default_factory=dict)
-    """Leases for the round after this one, by id (`coordinator/ahead.py`)."""
+    ahead: Ahead = field(default_factory=Ahead)
+    """Leases for the round after this one."""
     next_lease: int = 1
     positions: Positions = field(default_factory=Positions)
     rates: dict[str, float] = field(default_factory=dict)

@@ -20,6 +20,7 @@ from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.history import read_records
 from hivegrpo.coordinator.log import LOG_FILE, EventLog
 from hivegrpo.coordinator.pushes import current_for, push_of
+from hivegrpo.coordinator.round import Ahead
 from hivegrpo.coordinator.state import Phase
 from hivegrpo.peer.home import PeerHome
 from hivegrpo.protocol import hivegrpo_pb2 as pb
@@ -52,7 +53,7 @@ def assert_sound(machine: Machine, folder: Path) -> None:
 
 
 def ahead(machine: Machine) -> dict[str, pb.Lease]:
-    return {granted.message.peer: granted.message for granted in machine.state.ahead.values()}
+    return {granted.message.peer: granted.message for granted in machine.state.ahead.leases.values()}
 
 
 def test_while_a_version_is_exchanged_its_contributors_get_leases_for_the_next_one(machine: Machine) -> None:
@@ -74,7 +75,7 @@ def test_while_a_version_is_exchanged_its_contributors_get_leases_for_the_next_o
     machine.now += 15.0
     machine.vote(*machine.peers)
     assert machine.state.version == 1
-    assert machine.state.ahead == {}
+    assert machine.state.ahead == Ahead()
     assert {peer: machine.lease(peer) for peer in machine.peers} == leases, "the round goes on with them"
     assert machine.state.round.rollout_at == machine.now
     assert {granted.at for granted in machine.state.leases.values()} == {machine.now}
@@ -90,7 +91,8 @@ def test_there_is_no_lease_beyond_the_last_version(machine: Machine) -> None:
     for _ in range(4):
         machine.round()
     assert machine.state.phase is Phase.FINISHED
-    assert machine.state.ahead == machine.state.leases == {}
+    assert machine.state.ahead == Ahead()
+    assert machine.state.leases == {}
     assert machine.state.positions.cursor == 40
 
 
@@ -100,7 +102,7 @@ def test_without_overlap_nobody_is_leased_ahead() -> None:
     machine.contribute(*machine.peers)
     machine.exchange()
     assert machine.state.phase is Phase.STEP
-    assert machine.state.ahead == {}
+    assert machine.state.ahead == Ahead()
 
 
 def test_a_newcomer_has_its_share_when_the_version_is_there(machine: Machine) -> None:
@@ -179,7 +181,7 @@ def test_an_abandoned_round_ends_the_leases_ahead(machine: Machine) -> None:
     machine.wait(12.0)  # every reducer was silent: nobody is left
     assert machine.of(ev.RoundAbandoned)
     assert {event.lease for event in machine.of(ev.LeaseExpired)} == ids
-    assert machine.state.ahead == {}
+    assert machine.state.ahead == Ahead()
     assert {(machine.lease(peer).version, machine.lease(peer).ahead) for peer in machine.peers} == {(0, False)}
     assert machine.accounted() == list(range(20))
 
@@ -241,7 +243,7 @@ def test_whatever_happens_no_position_is_lost_or_taken_twice(seed: int, tmp_path
             act(machine, dice, peer)
         places = machine.accounted()
         assert len(places) == len(set(places))
-        most = max(most, len(machine.state.ahead))
+        most = max(most, len(machine.state.ahead.leases))
     assert most >= 2, "the history has leases ahead"
     assert machine.state.version >= 2
     assert_sound(machine, tmp_path)

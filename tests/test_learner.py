@@ -318,6 +318,41 @@ def test_another_update_compares_with_the_first_training_pass(make: Make, policy
     torch.testing.assert_close(vectors[1], vectors[0], rtol=1e-3, atol=1e-5)
 
 
+def sample(learner: Learner, count: int, *, lease: int = 1) -> None:
+    learner.sample(lease, 0, count, count, threading.Event())
+
+
+@pytest.mark.parametrize("settings", [{}, {"importance_sampling_correction": True}, {"beta": 0.1}])
+def test_what_was_sampled_ahead_is_differentiated_at_the_parameters_of_the_gradient(
+    make: Make, policy: Policy, settings: dict[str, Any]
+) -> None:
+    """As the second of two updates from one rollout is, which has the same ratios."""
+    twice, once = make(num_iterations=2, **settings), make(**settings)
+    contribute(twice, 6)
+    sample(once, 6)
+    for learner in (twice, once):
+        learner.load(1, moved(policy))
+    expected, result = again(twice), contribute(once, 6)
+    assert expected is not None
+    torch.testing.assert_close(result.vector, expected.vector, rtol=1e-4, atol=1e-6)
+    assert (result.used, result.weight) == (expected.used, expected.weight)
+    assert result.metrics["clip_ratio/region_mean"] == expected.metrics["clip_ratio/region_mean"] > 0
+    assert result.seconds["rollout"] > 0
+    fresh = contribute(once, 6)
+    assert not torch.allclose(fresh.vector, result.vector, rtol=1e-2, atol=1e-4), "it is used once"
+
+
+def test_what_was_sampled_ahead_is_for_its_own_lease_and_not_too_old(make: Make, policy: Policy) -> None:
+    learner = make(max_staleness=1)
+    fresh = contribute(learner, 3, lease=2)
+    sample(learner, 3, lease=1)
+    assert torch.equal(contribute(learner, 3, lease=2).vector, fresh.vector)
+    learner.load(0, moved(policy))
+    sample(learner, 3, lease=2)
+    learner.load(2, policy.flatten())
+    assert torch.equal(contribute(learner, 3, lease=2).vector, fresh.vector), "two versions behind: sampled again"
+
+
 def test_a_rollout_is_gone_once_it_is_too_old_or_another_came_or_there_was_to_be_one_update(make: Make) -> None:
     learner = make(num_iterations=2, max_staleness=1)
     contribute(learner, 6)
