@@ -53,9 +53,12 @@ def chain_of(home: Path) -> Chain:
     return ChainFile.open(home).chain
 
 
-@pytest.mark.parametrize("codec", ["fp32", "mxint8"])
-def test_three_peers_train_to_the_last_version_with_one_root(tmp_path: Path, codec: str) -> None:
-    swarm = make_swarm(tmp_path, small_config(run={"start_peers": 3}, averaging={"codec": codec}))
+@pytest.mark.parametrize(
+    ("codec", "rule"),
+    [("fp32", "auto"), ("mxint8", "auto"), ("mxfp8", "trimmed_mean"), ("mxfp4", "centered_clip")],
+)
+def test_three_peers_train_to_the_last_version_with_one_root(tmp_path: Path, codec: str, rule: str) -> None:
+    swarm = make_swarm(tmp_path, small_config(run={"start_peers": 3}, averaging={"codec": codec, "rule": rule}))
 
     async def scenario() -> None:
         coordinator = await swarm.start_coordinator()

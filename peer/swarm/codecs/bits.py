@@ -19,3 +19,10 @@ def shifted_sum(terms: Tensor, exponents: Tensor, *, factor: int, offset: int) -
     """Exact sum of terms * 2^(factor * exponent + offset); a chunk of terms must add up to less than 2^63."""
     sums = torch.zeros(256, dtype=torch.int64).index_add_(0, exponents.long(), terms.long())
     return sum(total << (factor * exponent + offset) for exponent, total in enumerate(sums.tolist()) if total)
+
+
+def norm_squared(values: Tensor) -> int:
+    """Exact sum of the squares of a chunk of finite fp32 values, in units of 2^-298."""
+    mantissa, exponent = split_bits(values.view(torch.int32) & MAGNITUDE)
+    # A value is mantissa * 2^(exponent - 150). The squares, below 2^48, are summed for each exponent apart.
+    return shifted_sum(mantissa.long().square_(), exponent, factor=2, offset=-2)

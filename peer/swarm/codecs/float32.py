@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hivegrpo.peer.floats import require_finite
 from hivegrpo.peer.swarm.codecs.base import Codec, check_chunk
-from hivegrpo.peer.swarm.codecs.bits import INFINITE, MAGNITUDE, MANTISSA_BITS, shifted_sum, split_bits
+from hivegrpo.peer.swarm.codecs.bits import INFINITE, MAGNITUDE, MANTISSA_BITS, norm_squared
 from hivegrpo.protocol.errors import CommitmentError
 
 
@@ -30,6 +30,4 @@ class Float32(Codec):
         return chunk
 
     def norm_squared(self, data: bytes | memoryview, values: int) -> int:
-        mantissa, exponent = split_bits(self.decode(data, values).view(torch.int32) & MAGNITUDE)
-        # A value is mantissa * 2^(exponent - 150). The squares, below 2^48, are summed for each exponent apart.
-        return shifted_sum(mantissa.long().square_(), exponent, factor=2, offset=-2)
+        return norm_squared(self.decode(data, values))
