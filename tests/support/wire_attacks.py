@@ -174,7 +174,8 @@ def _expected(swarm: Swarm, plan: pb.RoundPlan, seal: pb.Seal) -> list[bytes]:
         vectors.append(reference.decode_vector(plan.codec, reference.encode_vector(plan.codec, vector), plan.values))
         weights.append(leases[item.peer].weight)
     norms = [reference.norm_squared(vector) for vector in vectors]
-    result = reference.reduce_vectors(plan.rule, vectors, reference.coefficients(plan.rule, weights, norms))
+    spans = [slice(span.first * CHUNK_VALUES, (span.first + span.chunks) * CHUNK_VALUES) for span in plan.reducers]
+    result = reference.reduce_vectors(plan.rule, vectors, reference.coefficients(plan.rule, weights, norms), spans)
     chunks = reference.encode_vector(plan.codec, result)
     return [reference.span_root(b"".join(chunks[span.first : span.first + span.chunks])) for span in plan.reducers]
 
