@@ -9,8 +9,8 @@ from hivegrpo.cli.coordinator_home import ROLE
 from hivegrpo.coordinator.history import read_records
 from hivegrpo.coordinator.log import LOG_FILE, EventLog
 from hivegrpo.peer.home import CONTRIBUTIONS_FOLDER
-from hivegrpo.peer.inference.locate import read_chain
-from hivegrpo.peer.swarm.audit import span_auditor
+from hivegrpo.peer.inference.locate import BLOBS, read_chain
+from hivegrpo.peer.swarm.recompute import guilty_by, span_auditor
 from hivegrpo.protocol.errors import ConfigError
 from hivegrpo.protocol.history import Record, read_history
 from hivegrpo.protocol.homes import latest_run
@@ -39,12 +39,12 @@ def check_run(run: Path | None) -> None:
         return root
 
     with closing(EventLog(home / LOG_FILE, chain.run_id)) as log:
-        violations = check(read_records(log), histories, recompute)
+        violations = check(read_records(log), histories, recompute, guilty_by(home / BLOBS, chain.run_id))
     for violation in violations:
         print(f"invariant {violation.invariant}: {violation.text}")
     if violations:
         raise typer.Exit(1)
     print(
-        f"{chain.height + 1} versions, {len(histories)} peers: invariants 1 to 5 hold; of {len(recomputed)} spans, "
+        f"{chain.height + 1} versions, {len(histories)} peers: invariants 1 to 6 hold; of {len(recomputed)} spans, "
         f"{sum(recomputed)} were recomputed from chunks that are still kept here."
     )

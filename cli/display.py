@@ -16,7 +16,14 @@ from hivegrpo.cli.progress import Progress
 
 BARS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 60
-COLORS = {"online": "green", "joining": "yellow", "draining": "yellow", "unreachable": "red", "offline": "dim"}
+COLORS = {
+    "online": "green",
+    "joining": "yellow",
+    "draining": "yellow",
+    "unreachable": "red",
+    "offline": "dim",
+    "banned": "red",
+}
 
 
 @contextmanager

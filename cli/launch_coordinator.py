@@ -3,10 +3,12 @@
 import asyncio
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hivegrpo.cli.coordinator_home import KEY_FILE, open_home
+from hivegrpo.cli.judge import judge_apart
 from hivegrpo.cli.network import Network, best_first
 from hivegrpo.cli.output import Record, Show, configure_logging, describe_version, json_lines, short_lines
 from hivegrpo.cli.signals import StopSignals
@@ -62,6 +64,7 @@ async def _serve(
                 blobs=BlobStore(home / BLOBS),
                 on_event=lambda event, state: _show_event(event, state, show),
                 exit_when_finished=settings.exit_when_finished,
+                judge_proof=partial(judge_apart, chain.run_id),
             )
             addresses = best_first(transport.addresses())
             show(

@@ -147,6 +147,18 @@ def check(
     check_run(run)
 
 
+@app.command("verify-span")
+def verify_span(
+    file: Annotated[Path, typer.Argument(help="A proof of fault, as peers and coordinators keep them.")],
+    run: Annotated[str | None, typer.Option(help="The run's id: the proof has to be of that run.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Check, from nothing but its bytes, who is at fault by a proof: exit code 76 if nobody is."""
+    from hivegrpo.cli.verify_span import verify
+
+    verify(file, run, as_json=as_json)
+
+
 def main() -> None:
     """Entry point: the user's mistakes end in one paragraph and an exit code, anything unexpected in a traceback."""
     try:

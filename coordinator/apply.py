@@ -4,9 +4,10 @@ from collections.abc import Iterable
 from typing import assert_never
 
 from hivegrpo.coordinator import events as ev
-from hivegrpo.coordinator.round import EVALUATION_PREFIX, Attempt, Granted, Held, Round, ballot_of
-from hivegrpo.coordinator.state import Head, Member, Phase, State
+from hivegrpo.coordinator.round import EVALUATION_PREFIX, Attempt, Audit, Granted, Held, Round, ballot_of
+from hivegrpo.coordinator.state import Ban, Head, Member, Phase, State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.audits import draw, seed_of
 from hivegrpo.protocol.envelope import digest_of, parse
 
 
@@ -42,9 +43,13 @@ def apply(state: State, event: ev.Event) -> None:
             _seal(state, payload, at)
         case ev.StepReported(at=at, signed=signed):
             _vote(state, parse(pb.Signed, signed), at)
+        case ev.AuditReported(signed=signed):
+            _audit(state, parse(pb.Signed, signed))
+        case ev.PeerBanned(at=at, peer=peer):
+            _ban(state, peer, at, Ban(event.reason, event.root, event.size))
         case ev.AttemptFailed(at=at, reason=reason):
             state.phase = Phase.PLAN
-            state.round.attempt = None
+            state.failed, state.round.attempt = state.round.attempt, None
             state.round.closed_at = at
             state.trouble = reason
         case ev.RoundAbandoned(reason=reason):
@@ -117,7 +122,7 @@ def _hold(state: State, peer: str, version: int, root: bytes) -> None:
 def _offer(state: State, peer: str) -> None:
     """Note that a peer could be leased work, if so."""
     member = state.members[peer]
-    if member.connected and peer not in state.round.served:
+    if member.connected and peer not in state.round.served and peer not in state.banned:
         state.unserved[peer] = None
         if member.ready == max(state.version, 0):
             state.idle[peer] = None
@@ -223,11 +228,31 @@ def _vote(state: State, signed: pb.Signed, at: float) -> None:
     ballot = ballot_of(report)
     current, last = state.round.attempt, state.last
     if current is not None and report.plan == current.digest:
-        current.vote(signed.signer, ballot, at)
+        current.vote(signed.signer, report, at)
+        if current.quorum_at is not None and not current.seed:
+            current.seed = seed_of(state.terms.secret, current.seal_digest)
+            current.drawn = draw(current.plan, current.seed, state.terms.config.averaging.audit_rate)
     elif last is not None and report.plan == last.digest:
-        last.vote(signed.signer, ballot, at)
+        last.vote(signed.signer, report, at)
         if ballot == last.winner():
             _hold(state, signed.signer, report.version, report.state_root)
+
+
+def _audit(state: State, signed: pb.Signed) -> None:
+    report = parse(pb.AuditReport, signed.payload)
+    for attempt in (state.round.attempt, state.last):
+        if attempt is not None and attempt.digest == report.plan:
+            audit = Audit(report.content, signed.SerializeToString())
+            attempt.audits.setdefault(report.span, {})[signed.signer] = audit
+            return
+
+
+def _ban(state: State, peer: str, at: float, ban: Ban) -> None:
+    """From here on it is away for good; what it still has in the round, `decide` ends by further events."""
+    state.banned[peer] = ban
+    state.round.rollouts.pop(peer, None)
+    if peer in state.members:
+        _leave(state, peer, at)
 
 
 def _commit(state: State, payload: bytes) -> None:

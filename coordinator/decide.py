@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hivegrpo.coordinator import events as ev
+from hivegrpo.coordinator.audits import audits_until, next_turn, unaudited
+from hivegrpo.coordinator.bans import end_of_banned
 from hivegrpo.coordinator.metrics import why_empty
 from hivegrpo.coordinator.planning import (
     LARGEST_ROSTER,
@@ -35,6 +37,9 @@ class Decision:
 
 def decide(state: State, now: float) -> Decision:
     """Events to apply now. Ask again after applying them, until there are none."""
+    ended = tuple(end_of_banned(state, now))
+    if ended:
+        return Decision(ended)
     match state.phase:
         case Phase.GENESIS:
             return _genesis(state, now)
@@ -213,7 +218,7 @@ def _step(state: State, attempt: Attempt, now: float) -> Decision:
     if attempt.quorum_at is not None:
         last = attempt.quorum_at + LAST_VOTES_SECONDS
         if len(attempt.votes) + len(away) >= len(attempt.roster) or now >= last:
-            return Decision(tuple(_commit(state, attempt, now)))
+            return _committed_or_audited(state, attempt, now)
         return Decision(wake=last)
     leading = max(attempt.tally.values(), default=0)
     open_votes = len(attempt.roster) - len(attempt.votes)
@@ -230,6 +235,17 @@ def _step(state: State, attempt: Attempt, now: float) -> Decision:
     if now >= deadline:
         return _fail(state, now, f"{len(attempt.votes)} of {len(attempt.roster)} votes within the step's time")
     return Decision(wake=min([deadline, *(limit for limit in away.values() if limit > now)]))
+
+
+def _committed_or_audited(state: State, attempt: Attempt, now: float) -> Decision:
+    """What has its quorum is committed, once enough auditors agree with every span that was drawn."""
+    missing = unaudited(attempt, now)
+    if not missing:
+        return Decision(tuple(_commit(state, attempt, now)))
+    deadline = audits_until(attempt) + EXTRA_SECONDS
+    if now >= deadline:
+        return _fail(state, now, f"no auditor agreed in time with spans {', '.join(map(str, missing))}")
+    return Decision(wake=min(deadline, next_turn(attempt, now) or deadline))
 
 
 def _commit(state: State, attempt: Attempt, now: float) -> Iterator[ev.Event]:

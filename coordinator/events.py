@@ -140,6 +140,25 @@ class StepReported(_Stored):
 
 
 @dataclass(frozen=True, slots=True)
+class AuditReported(_Stored):
+    """`signed` is an envelope of an AuditReport: of the current attempt, or a late one of the last version."""
+
+    at: float
+    signed: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PeerBanned(_Stored):
+    """For good: there is a proof of its fault, which is a blob of this root and size."""
+
+    at: float
+    peer: str
+    reason: str
+    root: bytes
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class AttemptFailed(_Stored):
     """The next attempt is planned from the same contributions."""
 
@@ -190,6 +209,8 @@ Event = (
     | SendersReported
     | SealMade
     | StepReported
+    | AuditReported
+    | PeerBanned
     | AttemptFailed
     | RoundAbandoned
     | RoundEmpty

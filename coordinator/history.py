@@ -48,6 +48,10 @@ def _describe(event: ev.Event) -> tuple[str, Record]:
             return "seal", _seal(payload)
         case ev.StepReported(signed=signed):
             return "vote", _vote(parse(pb.Signed, signed))
+        case ev.AuditReported(signed=signed):
+            return "audit", _audit(parse(pb.Signed, signed))
+        case ev.PeerBanned(peer=peer, reason=reason, root=root, size=size):
+            return "banned", {"peer": peer, "reason": reason, "proof": {"root": root.hex(), "size": size}}
         case ev.AttemptFailed(version=version, attempt=attempt, reason=reason):
             return "attempt_failed", {"version": version, "attempt": attempt, "reason": reason}
         case ev.RoundAbandoned(version=version, reason=reason):
@@ -137,6 +141,17 @@ def _vote(signed: pb.Signed) -> Record:
         "state_root": report.state_root.hex(),
         "spans": [_blob(span) for span in report.spans],
         "metrics": dict(report.metrics),
+    }
+
+
+def _audit(signed: pb.Signed) -> Record:
+    report = parse(pb.AuditReport, signed.payload)
+    return {
+        "peer": signed.signer,
+        "plan": report.plan.hex(),
+        "seal": report.seal.hex(),
+        "span": report.span,
+        "content": report.content.hex(),
     }
 
 

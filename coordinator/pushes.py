@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.state import Phase, State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.audits import seed_notice
 from hivegrpo.protocol.envelope import parse
 
 MAX_HOLDERS = 32
@@ -29,6 +30,8 @@ def push_of(event: ev.Event, state: State) -> Push | None:
             return Push(_roster(state), "RoundPlan", payload)
         case ev.SealMade(payload=payload):
             return Push(_roster(state), "Seal", payload)
+        case ev.StepReported() if _draws(event, state):
+            return _seed_push(state, _roster(state))
         case ev.VersionCommitted(payload=payload):
             return Push(None, "VersionManifest", payload)
         case _:
@@ -47,6 +50,8 @@ def current_for(state: State, peer: str, *, finished: bool) -> list[Push]:
         told.append(Push(to, "RoundPlan", attempt.payload))
         if attempt.seal is not None:
             told.append(Push(to, "Seal", attempt.seal_payload))
+        if attempt.drawn:
+            told.append(_seed_push(state, to))
     if finished:
         told.append(finished_push(state, to))
     return told
@@ -64,6 +69,21 @@ def state_holders(state: State, version: int) -> list[str]:
     having = [(peer, state.members[peer].ready) for peer in state.connected]
     able = sorted((ready - version, peer) for peer, ready in having if ready is not None and ready >= version)
     return [peer for _, peer in able[:MAX_HOLDERS]]
+
+
+def _draws(event: ev.StepReported, state: State) -> bool:
+    """Whether this vote has just made a quorum for spans of which some have to be audited."""
+    attempt = state.round.attempt
+    if attempt is None or not attempt.drawn or attempt.quorum_at != event.at:
+        return False
+    winner = attempt.winner()
+    return winner is not None and attempt.tally[winner] == attempt.quorum
+
+
+def _seed_push(state: State, peers: tuple[str, ...]) -> Push:
+    attempt = state.round.attempt
+    assert attempt is not None
+    return Push(peers, "Notice", seed_notice(attempt.seal_digest, attempt.seed))
 
 
 def _roster(state: State) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """What follows from a peer's report: an answer, and events if it is news. Pure, and idempotent: the same report
 again gets the same answer while it still matters, and never a second event.
 
-A refusal's reason starts with one of: unknown (join first), stale (too late), invalid (makes no sense), refused.
+A refusal's reason starts with one of: unknown (join first), stale (too late), invalid (makes no sense), refused, or
+banned (the peer, for good).
 """
 
 from collections.abc import Callable
@@ -40,6 +41,7 @@ def judge(state: State, signed: pb.Signed, peer: str, run_id: str, now: float) -
         "Contribution": _judge_contribution,
         "SenderReport": _judge_senders,
         "StepReport": _judge_step,
+        "AuditReport": _judge_audit,
         "Leave": _judge_leave,
     }
     judge_one: Callable[[State, pb.Signed, str, str, float], Verdict] | None = judges.get(signed.type)
@@ -47,6 +49,8 @@ def judge(state: State, signed: pb.Signed, peer: str, run_id: str, now: float) -
         raise FrameError(f"a report of unknown type {signed.type[:40]!r}")
     if peer not in state.members:
         return Verdict(False, "unknown: this peer has not joined")
+    if peer in state.banned:
+        return Verdict(False, f"banned: {state.banned[peer].reason}")
     return judge_one(state, signed, peer, run_id, now)
 
 
@@ -127,7 +131,7 @@ def _judge_senders(state: State, signed: pb.Signed, peer: str, run_id: str, now:
 def _judge_step(state: State, signed: pb.Signed, peer: str, run_id: str, now: float) -> Verdict:
     opened = open_signed(signed, run_id, pb.StepReport, signer=peer)
     report = opened.message
-    attempt = _attempt_of(state, report.plan)
+    attempt = attempt_of(state, report.plan)
     if attempt is None:
         return Verdict(False, f"stale: plan {report.plan.hex()[:16]} is neither the current one nor the last version's")
     if peer not in attempt.roster:
@@ -140,7 +144,7 @@ def _judge_step(state: State, signed: pb.Signed, peer: str, run_id: str, now: fl
     return Verdict(True, events=(ev.StepReported(now, signed.SerializeToString()),))
 
 
-def _attempt_of(state: State, plan: bytes) -> Attempt | None:
+def attempt_of(state: State, plan: bytes) -> Attempt | None:
     """The attempt that can still be voted on under this plan's digest."""
     current = state.round.attempt
     if current is not None and state.phase is Phase.STEP and plan == current.digest:
@@ -150,6 +154,24 @@ def _attempt_of(state: State, plan: bytes) -> Attempt | None:
 
 def _again(same: bool, what: str) -> Verdict:
     return Verdict(True) if same else Verdict(False, f"refused: this peer's {what} was another one")
+
+
+def _judge_audit(state: State, signed: pb.Signed, peer: str, run_id: str, now: float) -> Verdict:
+    """An auditor may report before its turn: what it says counts when that comes (`audits.unaudited`)."""
+    report = open_signed(signed, run_id, pb.AuditReport, signer=peer).message
+    attempt = attempt_of(state, report.plan)
+    if attempt is None:
+        return Verdict(False, f"stale: plan {report.plan.hex()[:16]} is neither the current one nor the last version's")
+    if report.seal != attempt.seal_digest:
+        return Verdict(False, "invalid: the plan was sealed otherwise")
+    if report.content:
+        check_digest(report.content, "the audited span's root")
+    if not any(drawn.span == report.span and peer in drawn.order for drawn in attempt.drawn):
+        return Verdict(False, f"invalid: this peer was not drawn to audit span {report.span}")
+    known = attempt.audits.get(report.span, {}).get(peer)
+    if known is not None:
+        return _again(known.content == report.content, "audit")
+    return Verdict(True, events=(ev.AuditReported(now, signed.SerializeToString()),))
 
 
 def _judge_leave(state: State, signed: pb.Signed, peer: str, run_id: str, now: float) -> Verdict:

@@ -4,6 +4,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.audits import Draw
 
 EXTRA_SECONDS = 2.0
 """Beyond a plan's own durations, for messages that are under way."""
@@ -41,6 +42,16 @@ class Held:
     digest: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What an auditor computed."""
+
+    content: bytes
+    """Root of the span; empty if the auditor did not get all chunks."""
+    signed: bytes
+    """The envelope: evidence, if the span turns out to be wrong."""
+
+
 @dataclass(slots=True)
 class Attempt:
     """One plan, and what was reported of it."""
@@ -58,18 +69,27 @@ class Attempt:
     sealed_at: float = 0.0
     votes: dict[str, Ballot] = field(default_factory=dict)
     tally: dict[Ballot, int] = field(default_factory=dict)
+    receipts: dict[str, tuple[bytes, ...]] = field(default_factory=dict)
+    """By voter: the reducers' signatures of the spans' receipts."""
     quorum_at: float | None = None
     """When the leading ballot had its quorum."""
+    seed: bytes = b""
+    """Of the audits; told once there is a quorum, and empty before."""
+    drawn: tuple[Draw, ...] = ()
+    """Spans that have to be audited, by the seed."""
+    audits: dict[int, dict[str, Audit]] = field(default_factory=dict)
+    """By span and auditor."""
 
     @property
     def quorum(self) -> int:
         """Votes that commit: two thirds of the roster, rounded up."""
         return -(-2 * len(self.roster) // 3)
 
-    def vote(self, peer: str, ballot: Ballot, at: float) -> None:
+    def vote(self, peer: str, report: pb.StepReport, at: float) -> None:
         """Count a peer's only vote."""
         assert peer not in self.votes
-        self.votes[peer] = ballot
+        ballot = ballot_of(report)
+        self.votes[peer], self.receipts[peer] = ballot, tuple(report.receipts)
         self.tally[ballot] = self.tally.get(ballot, 0) + 1
         if self.quorum_at is None and self.tally[ballot] >= self.quorum:
             self.quorum_at = at

@@ -18,6 +18,7 @@ from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.admission import MAX_AGENT, check_head, refusal
 from hivegrpo.coordinator.apply import apply
 from hivegrpo.coordinator.archive import Archive
+from hivegrpo.coordinator.bench import Bench, JudgeProof
 from hivegrpo.coordinator.decide import decide
 from hivegrpo.coordinator.followers import Followers
 from hivegrpo.coordinator.journal import Journal
@@ -27,11 +28,12 @@ from hivegrpo.coordinator.reports import judge, open_heartbeat
 from hivegrpo.coordinator.state import Phase, State, Terms
 from hivegrpo.coordinator.status import Pulse, snapshot
 from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.blobs import BlobRef
 from hivegrpo.protocol.blobstream import BlobStore, serve_blobs
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.chainstream import serve_chain
 from hivegrpo.protocol.config import RunConfig
-from hivegrpo.protocol.envelope import open_signed, parse, run_id_of, sign_payload
+from hivegrpo.protocol.envelope import digest_of, open_signed, parse, run_id_of, sign_payload
 from hivegrpo.protocol.errors import ChainError, RemoteError, WireError
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.transport.base import MAX_CALL_BYTES, Stream, Transport
@@ -65,10 +67,14 @@ class Coordinator:
         clock: Callable[[], float] = time.time,
         on_event: Callable[[ev.Event, State], None] | None = None,
         exit_when_finished: bool = False,
+        judge_proof: JudgeProof | None = None,
     ) -> None:
-        """ChainError if `home` follows another run. The caller closes `transport` and `log`."""
+        """ChainError if `home` follows another run. The caller closes `transport` and `log`.
+
+        `judge_proof` says who is guilty by a proof of fault, and why, or raises WireError; without it nobody is banned.
+        """
         self.run_id = run_id_of(run.payload)
-        self.state = State(Terms.of(run, config))
+        self.state = State(Terms.of(run, config, digest_of(identity.sign(b"hivegrpo audits"))))
         self.chain = ChainFile.create(home, run, identity.peer_id)
         self._identity = identity
         self._transport = transport
@@ -87,6 +93,16 @@ class Coordinator:
         self._pulses: dict[str, Pulse] = {}
         self._warnings: Counter[str] = Counter()
         self._followers = Followers(MISSED_HEARTBEATS * HEARTBEAT_SECONDS + config.timing.grace, self._wake.set)
+        self._bench = Bench(
+            transport,
+            blobs,
+            home / "proofs",
+            judge_proof,
+            run=run,
+            state=lambda: self.state,
+            ban=self._ban,
+            sign_plan=lambda payload: self._sign("RoundPlan", payload),
+        )
         self._archive = Archive(
             transport,
             blobs,
@@ -117,6 +133,7 @@ class Coordinator:
                     watched[0].result()
         finally:
             self._closing = True
+            await self._bench.close()
             for task in watched:
                 task.cancel()
             await asyncio.gather(*watched, return_exceptions=True)
@@ -218,8 +235,10 @@ class Coordinator:
             self._archive.want(self.chain.append(entry).manifest.message)
         if push is not None:
             self._deliver(push)
-        if isinstance(event, ev.PeerLeft):
+        if isinstance(event, ev.PeerLeft | ev.PeerBanned):
             self._followers.end(event.peer)
+        if isinstance(event, ev.PeerBanned):
+            log.error("a peer is banned by proof", peer=event.peer, reason=event.reason, proof=event.root.hex())
         if isinstance(event, ev.RoundEmpty):
             self._warn("nothing to learn in a round", version=str(event.version), reason=event.reason)
         if self._on_event is not None:
@@ -240,13 +259,21 @@ class Coordinator:
             signed = parse(pb.Signed, request)
             if signed.type == "Heartbeat":
                 return _ack(self._beat(signed, remote))
+            if signed.type == "FaultReport":
+                return _ack(self._bench.take(open_signed(signed, self.run_id, pb.FaultReport, signer=remote)))
             verdict = judge(self.state, signed, remote, self.run_id, self._clock())
         except WireError as error:
             self._count(error, remote)
             return _ack(f"invalid: {error.message}"[:MAX_REASON])
-        self._happen(verdict.events)
+        equivocations = self._bench.compare(verdict.events, self._clock())
+        self._happen([*verdict.events, *equivocations])
         await self._journal.written()
         return _ack(None if verdict.accepted else verdict.reason)
+
+    def _ban(self, peer: str, reason: str, proof: BlobRef) -> None:
+        """By a proof that holds, and is kept."""
+        if peer not in self.state.banned:
+            self._happen([ev.PeerBanned(self._clock(), peer, reason, proof.root, proof.size)])
 
     def _beat(self, signed: pb.Signed, remote: str) -> str | None:
         heartbeat = open_heartbeat(signed, remote, self.run_id)
@@ -285,6 +312,8 @@ class Coordinator:
 
     def _refusal(self, join: pb.Join, peer: str) -> str | None:
         """Why this join is refused; None if it is not. Evidence that going on would fork the chain ends `run`."""
+        if peer in self.state.banned:
+            return f"banned: {self.state.banned[peer].reason}"
         try:
             refused = refusal(join, peer, self._manifest, self._config.admission)
             if refused is None and join.HasField("head"):

@@ -39,13 +39,15 @@ class Terms:
     config: RunConfig
     genesis: bytes
     """State root of version 0, if the run manifest pins it."""
+    secret: bytes = b""
+    """Known to nobody else: the seeds of audits follow from it."""
 
     @classmethod
-    def of(cls, run: pb.Signed, config: RunConfig) -> Self:
+    def of(cls, run: pb.Signed, config: RunConfig, secret: bytes = b"") -> Self:
         """The terms of a signed run manifest."""
         manifest = parse(pb.RunManifest, run.payload)
         values = sum(math.prod(tensor.shape) for tensor in manifest.layout)
-        return cls(digest_of(run.payload), values, config, manifest.digests.get("genesis", b""))
+        return cls(digest_of(run.payload), values, config, manifest.digests.get("genesis", b""), secret)
 
     @property
     def state_size(self) -> int:
@@ -73,6 +75,15 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
+class Ban:
+    """Why a peer takes no part any more, and the blob that proves it."""
+
+    reason: str
+    root: bytes
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Head:
     """The newest committed version."""
 
@@ -91,9 +102,12 @@ class State:
     head: Head | None = None
     last: Attempt | None = None
     """The attempt that made the head, for late votes."""
+    failed: Attempt | None = None
+    """The attempt that failed last: a proof of fault in it may be under way."""
     last_lease_digests: dict[tuple[int, int], bytes] = field(default_factory=dict)
     """Digests of the head's contributions by lease and iteration, for reports that are repeated late."""
     members: dict[str, Member] = field(default_factory=dict)
+    banned: dict[str, Ban] = field(default_factory=dict)
     connected: dict[str, None] = field(default_factory=dict)
     unserved: dict[str, None] = field(default_factory=dict)
     """Connected peers without a lease or a contribution in this round."""

@@ -7,7 +7,7 @@ from typing import Any
 from hivegrpo.coordinator.state import Member, Phase, State
 
 PEER_STATES = ("joining", "online", "paused", "draining")
-"""What a connected peer may say of itself; `unreachable` and `offline` are the coordinator's words."""
+"""What a connected peer may say of itself; `unreachable`, `offline` and `banned` are the coordinator's words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ def snapshot(state: State, heartbeats: Mapping[str, Pulse], now: float) -> dict[
         "leases": len(state.leases),
         "empty_rounds": state.empty_rounds,
         "trouble": state.trouble or _genesis_trouble(state),
+        "banned": {peer: ban.reason for peer, ban in sorted(state.banned.items())},
         "peers": [
             _peer(state, peer, member, heartbeats.get(peer), now) for peer, member in sorted(state.members.items())
         ],
@@ -47,7 +48,7 @@ def _peer(state: State, peer: str, member: Member, pulse: Pulse | None, now: flo
     current = pulse if member.connected else None
     return {
         "peer": peer,
-        "state": _peer_state(state, member, current, now),
+        "state": _peer_state(state, peer, member, current, now),
         "version": current.version if current else member.ready,
         "tokens_per_second": current.metrics.get("tokens_per_second", 0.0) if current else 0.0,
         "contributed": member.contributed,
@@ -55,7 +56,9 @@ def _peer(state: State, peer: str, member: Member, pulse: Pulse | None, now: flo
     }
 
 
-def _peer_state(state: State, member: Member, pulse: Pulse | None, now: float) -> str:
+def _peer_state(state: State, peer: str, member: Member, pulse: Pulse | None, now: float) -> str:
+    if peer in state.banned:
+        return "banned"
     if not member.connected:
         waited = now - member.since >= state.terms.config.timing.grace
         return "offline" if member.left or waited else "unreachable"

@@ -15,6 +15,8 @@ from hivegrpo.peer.feedback import ErrorFeedback
 from hivegrpo.peer.home import PeerHome, identity_path
 from hivegrpo.peer.numerics import check_numerics
 from hivegrpo.peer.preparation import prepare_learner
+from hivegrpo.peer.swarm.accuser import Accuser
+from hivegrpo.peer.swarm.auditor import Auditor
 from hivegrpo.peer.swarm.codecs.registry import get_codec
 from hivegrpo.peer.swarm.contribution import ContributionStore
 from hivegrpo.peer.swarm.directory import Directory
@@ -136,6 +138,7 @@ async def work_in_run(
     codec = get_codec(config.averaging.codec)
     keep = config.distribution.keep_versions
     with closing(History(home.history)) as history:
+        accuser = Accuser(home.faults, store, session, history, chain.run_id)
         volunteer = Volunteer(
             config=config,
             identity=identity,
@@ -149,10 +152,21 @@ async def work_in_run(
             learner=learner,
             worker=worker,
             history=history,
+            auditor=Auditor(
+                run=chain.run,
+                run_id=chain.run_id,
+                identity=identity,
+                directory=directory,
+                session=session,
+                accuser=accuser,
+                history=history,
+                rate=config.averaging.audit_rate,
+            ),
         )
         await _run_together(
             volunteer.work(),
             session.run(),
+            accuser.run(),
             _heartbeats(session, volunteer, versions, show),
             _announcements(transport, identity, chain),
             _leave_on(stop, volunteer),

@@ -8,7 +8,7 @@ import structlog
 from torch import Tensor
 
 from hivegrpo.peer.feedback import ErrorFeedback
-from hivegrpo.peer.floats import NonFiniteError
+from hivegrpo.peer.floats import NonFiniteError, require_moderate
 from hivegrpo.peer.learn.evaluation import Evaluation
 from hivegrpo.peer.learn.learner import LearnedContribution
 from hivegrpo.peer.learn.metrics import finite
@@ -92,6 +92,7 @@ class LeaseDesk:
                 learned = self._learner.contribute(lease.id, lease.start, lease.count, lease.wanted, cancelled)
             if learned is None:
                 return Work(contribution, note=f"the rollout of lease {lease.id} is not here any more, or is too old")
+            require_moderate(learned.vector, "The gradient")
             encoded = self._encode(lease, learned)
         except (NonFiniteError, NumericsError) as error:
             log.error("a gradient is not finite; its prompts are dropped", lease=lease.id, reason=str(error))

@@ -36,3 +36,13 @@ def require_finite(values: Tensor, what: str) -> None:
     magnitude = values.view(torch.int32) & 0x7FFFFFFF
     if int(magnitude.amax()) >= 0x7F800000:
         raise NonFiniteError(f"{what} holds a NaN or an infinity.")
+
+
+MAX_MAGNITUDE = 2.0**52
+"""Above this, reducers may refuse a chunk of 16,384 values: they bound norms by 2^60, so that the step is finite."""
+
+
+def require_moderate(values: Tensor, what: str) -> None:
+    """NonFiniteError if a value is so large that others would refuse it, and take its sender for a liar."""
+    if float(values.abs().amax()) > MAX_MAGNITUDE:
+        raise NonFiniteError(f"{what} holds a value above 2^52.")

@@ -34,6 +34,11 @@ class PeerHome:
         return self.root / "feedback"
 
     @property
+    def faults(self) -> Path:
+        """Proofs of what other peers did wrong."""
+        return self.root / "faults"
+
+    @property
     def history(self) -> Path:
         return self.root / "history.jsonl"
 

@@ -20,6 +20,7 @@ from hivegrpo.peer.feedback import ErrorFeedback
 from hivegrpo.peer.floats import NonFiniteError
 from hivegrpo.peer.learn.cancel import Cancelled
 from hivegrpo.peer.learn.step import PolicyState
+from hivegrpo.peer.swarm.auditor import Auditor
 from hivegrpo.peer.swarm.contribution import ContributionStore, EncodedVector
 from hivegrpo.peer.swarm.directory import Directory
 from hivegrpo.peer.swarm.exchange import Exchange, ExchangeServer, Span
@@ -74,6 +75,7 @@ class Volunteer:
         learner: Learns,
         worker: Executor,
         history: History,
+        auditor: Auditor,
     ) -> None:
         self.state = "joining"
         self._identity = identity
@@ -87,6 +89,7 @@ class Volunteer:
         self._desk = LeaseDesk(config, learner, versions, contributions, feedback)
         self._worker = worker
         self._history = history
+        self._auditor = auditor
         self._leaving = False
         self._done_lease = (0, 0)
         self._done_plan = b""
@@ -194,8 +197,15 @@ class Volunteer:
         exchange = await self._open_exchange(plan, own)
         seal = await self._exchange(exchange)
         spans = await exchange.collect(seal)
-        root = await self._step(plan, seal, spans)
-        await self._vote(exchange, seal, spans, root)
+        voted = asyncio.Event()
+        auditing = asyncio.create_task(self._auditor.audit(exchange, seal, voted))
+        try:
+            root = await self._step(plan, seal, spans)
+            await self._vote(exchange, seal, spans, root)
+            voted.set()
+            await auditing
+        finally:
+            await _end(auditing)
 
     async def _open_exchange(self, plan: Opened[pb.RoundPlan], own: EncodedVector) -> Exchange:
         exchange = Exchange(
@@ -205,6 +215,7 @@ class Volunteer:
             run_id=self._versions.chain.run_id,
             directory=self._directory,
             worker=self._worker,
+            on_bad_push=partial(self._auditor.accuse_sender, plan),
         )
         await self._exchanges.add(exchange)
         return exchange

@@ -285,7 +285,7 @@ class TimingSection(Section):
     step: float = Field(default=60.0, ge=0.5, le=3_600.0)
     """Seconds from the seal to the peers' state roots."""
     audit: float = Field(default=10.0, ge=0.1, le=3_600.0)
-    """Seconds from the seal after which the next auditor takes over a span that was not audited."""
+    """Seconds after which the next auditor takes over a span that was not audited."""
     grace: float = Field(default=5.0, ge=0.0, le=3_600.0)
     """Seconds that a disconnected peer keeps its place."""
     max_attempts: int = Field(default=5, ge=1, le=100)

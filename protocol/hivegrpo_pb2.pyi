@@ -646,7 +646,7 @@ class RoundPlan(_message.Message):
     step_seconds: _builtins.float
     """from the seal's arrival to the state roots"""
     audit_seconds: _builtins.float
-    """from the seal's arrival: after so long the next auditor takes a span over"""
+    """from the seed of the audits: after so long the next auditor takes a span over"""
     @_builtins.property
     def contributors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Contributor]:
         """the roster, in canonical order"""
@@ -1071,7 +1071,7 @@ Global___PullRequest: _TypeAlias = PullRequest  # noqa: Y015
 @_typing.final
 class AuditReport(_message.Message):
     """chunks, stream "pull"; answered by Signed PushHeader, then one frame a chunk
-    P -> C: an auditor that the seal's hash drew has computed a span again
+    P -> C: an auditor that was drawn has computed a span again
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1313,7 +1313,9 @@ class WrongChunk(_message.Message):
     index: _builtins.int
     chunk: _builtins.bytes
     @_builtins.property
-    def contribution(self) -> Global___Signed: ...
+    def contribution(self) -> Global___Signed:
+        """or a PushHeader, whose `content` is then the root"""
+
     @_builtins.property
     def proof(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """up to the contribution's root"""

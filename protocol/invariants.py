@@ -1,19 +1,20 @@
 """Whether a run kept its promises, judged from what the coordinator and the peers wrote down.
 
-`check` covers invariants 1 to 5 of the architecture:
+`check` covers invariants 1 to 6 of the architecture:
 
 1. same version, same state root, on every honest peer;
 2. a contribution that was acknowledged is in exactly one manifest, or rejected with a reason;
 3. nothing counts twice: no prompt position (but in the iterations of one lease), no contribution, no version;
 4. one chain: no fork, no gap, across crashes of anything;
-5. every committed span equals its rule applied to the sealed chunks.
+5. every committed span equals its rule applied to the sealed chunks;
+6. no honest peer is banned: each ban names a blob, and that proves a fault of the peer.
 
 The coordinator's records are those of `coordinator.history.read_records`. Of a peer's records it reads "version"
 {version, state_root, manifest} and "contribution_acked" {lease, iteration}. A record without an iteration is of the
 first one, 0.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from hivegrpo.protocol.history import Record
@@ -21,6 +22,9 @@ from hivegrpo.protocol.scalars import fp32_bits
 
 Recompute = Callable[[Record, Record, int], bytes | None]
 """(plan, seal, index of a span) -> the span's root, made anew from the sealed chunks; None if these are gone."""
+
+Judge = Callable[[bytes, int], Collection[str]]
+"""(root, size of a blob that is said to be a proof) -> who is guilty by it; nobody if it is gone, or shows nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +36,12 @@ class Violation:
 
 
 def check(
-    coordinator: Iterable[Record], peers: Mapping[str, Iterable[Record]], recompute: Recompute | None = None
+    coordinator: Iterable[Record],
+    peers: Mapping[str, Iterable[Record]],
+    recompute: Recompute | None = None,
+    judge: Judge | None = None,
 ) -> list[Violation]:
-    """All violations; empty if the histories are as they should be. Invariant 5 needs `recompute`."""
+    """All violations; empty if the histories are as they should be. Invariant 5 needs `recompute`, 6 `judge`."""
     book = _Book()
     found = [violation for record in coordinator for violation in book.take(record)]
     found += book.unresolved()
@@ -42,6 +49,8 @@ def check(
         found += _check_peer(peer, records, book)
     if recompute is not None:
         found += _check_spans(book, recompute)
+    if judge is not None:
+        found += _check_bans(book, judge)
     return found
 
 
@@ -77,6 +86,7 @@ class _Book:
     plans: dict[str, Record] = field(default_factory=dict)
     seals: dict[str, Record] = field(default_factory=dict)
     versions: list[Record] = field(default_factory=list)
+    bans: dict[str, Record] = field(default_factory=dict)
 
     def take(self, record: Record) -> Iterator[Violation]:
         """Take one record of the coordinator's."""
@@ -93,6 +103,10 @@ class _Book:
                 yield from self._rejected(record)
             case "plan":
                 self.plans[record["digest"]] = record
+                for peer in sorted({item["peer"] for item in record["contributors"]} & self.bans.keys()):
+                    yield Violation(6, f"{peer} was banned, and is in a later plan, of version {record['version']}")
+            case "banned":
+                self.bans.setdefault(record["peer"], record)
             case "seal":
                 self.seals[record["digest"]] = record
             case "version":
@@ -265,3 +279,10 @@ def _check_spans(book: _Book, recompute: Recompute) -> Iterator[Violation]:
             root = recompute(plan, seal, index)
             if root is not None and root.hex() != span["root"]:
                 yield Violation(5, f"span {index} of version {record['version']} is not its rule's result")
+
+
+def _check_bans(book: _Book, judge: Judge) -> Iterator[Violation]:
+    for peer, record in book.bans.items():
+        proof = record["proof"]
+        if peer not in judge(bytes.fromhex(proof["root"]), proof["size"]):
+            yield Violation(6, f"{peer} is banned by a blob that does not prove its fault: {proof['root'][:16]}")

@@ -43,6 +43,21 @@ def range_proof(leaves: Sequence[bytes], run: range) -> list[bytes]:
 
 def check_range(root: bytes, size: int, run: range, leaves: Sequence[bytes], proof: Sequence[bytes]) -> None:
     """Raise CommitmentError unless `leaves` are the leaf hashes at `run` of the tree of `size` leaves with `root`."""
+    rebuilt, _ = _rebuild(size, run, leaves, proof, run)
+    if rebuilt != root:
+        raise CommitmentError("the pieces do not belong to the committed root")
+
+
+def narrow_proof(size: int, run: range, leaves: Sequence[bytes], proof: Sequence[bytes], part: range) -> list[bytes]:
+    """The proof of `part`, which lies within `run`, from the leaf hashes and the proof of `run`."""
+    assert run.start <= part.start < part.stop <= run.stop
+    return _rebuild(size, run, leaves, proof, part)[1]
+
+
+def _rebuild(
+    size: int, run: range, leaves: Sequence[bytes], proof: Sequence[bytes], part: range
+) -> tuple[bytes, list[bytes]]:
+    """Root of the tree of `size` leaves that `proof` makes of those at `run`, and the proof of `part` under it."""
     assert 0 <= run.start < run.stop <= size
     if len(leaves) != len(run):
         raise CommitmentError(f"expected {len(run)} leaf hashes, got {len(leaves)}")
@@ -50,14 +65,19 @@ def check_range(root: bytes, size: int, run: range, leaves: Sequence[bytes], pro
         raise CommitmentError("the Merkle proof holds something that is no hash")
     rest = iter(proof)
 
-    def rebuild(low: int, high: int) -> bytes:
+    def rebuild(low: int, high: int) -> tuple[bytes, list[bytes]]:
         if high <= run.start or low >= run.stop:
-            return next(rest)
+            node = next(rest)
+            return node, [node]
+        outside = high <= part.start or low >= part.stop
         if high - low == 1:
-            return leaves[low - run.start]
+            node = leaves[low - run.start]
+            return node, [node] if outside else []
         middle = low + _split(high - low)
-        left = rebuild(low, middle)
-        return _node(left, rebuild(middle, high))
+        left, left_proof = rebuild(low, middle)
+        right, right_proof = rebuild(middle, high)
+        node = _node(left, right)
+        return node, [node] if outside else [*left_proof, *right_proof]
 
     try:
         rebuilt = rebuild(0, size)
@@ -65,8 +85,7 @@ def check_range(root: bytes, size: int, run: range, leaves: Sequence[bytes], pro
         raise CommitmentError("the Merkle proof is too short") from None
     if next(rest, None) is not None:
         raise CommitmentError("the Merkle proof is too long")
-    if rebuilt != root:
-        raise CommitmentError("the pieces do not belong to the committed root")
+    return rebuilt
 
 
 def _node(left: bytes, right: bytes) -> bytes:

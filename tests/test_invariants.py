@@ -140,8 +140,17 @@ class Histories:
             if record["kind"] == kind and all(record[name] == value for name, value in fields.items())
         )
 
+    def ban(self, peer: str) -> None:
+        proof = {"root": root("proof of", peer), "size": 9}
+        self.coordinator.append({"kind": "banned", "peer": peer, "reason": "it lied", "proof": proof})
+
     def check(self) -> list[Violation]:
-        return check(self.coordinator, self.peers, honest_recompute)
+        return check(self.coordinator, self.peers, honest_recompute, honest_judge)
+
+
+def honest_judge(blob: bytes, size: int) -> list[str]:
+    """There is a proof against carol, and nobody else."""
+    return ["carol"] if (blob.hex(), size) == (root("proof of", "carol"), 9) else []
 
 
 def honest_recompute(plan: Record, seal: Record, index: int) -> bytes | None:
@@ -294,6 +303,21 @@ def forgotten_iteration(histories: Histories) -> None:
     histories.peers["alice"].append({"kind": "contribution_acked", "lease": 8, "iteration": 3})
 
 
+def banned_without_a_proof(histories: Histories) -> None:
+    histories.ban("alice")
+
+
+def planned_after_a_ban(histories: Histories) -> None:
+    histories.ban("bob")
+    histories.again(4)
+
+
+def test_a_ban_that_is_proved_is_no_violation() -> None:
+    histories = Histories()
+    histories.ban("carol")
+    assert histories.check() == []
+
+
 def test_a_faithful_history_has_no_violation() -> None:
     assert Histories().check() == []
 
@@ -334,6 +358,8 @@ def test_a_faithful_history_has_no_violation() -> None:
         (forgotten_iteration, 2, "lease 8, iteration 3 was acknowledged"),
         (lying_reducer, 5, "span 1 of version 2"),
         (wrong_share, 5, "shares of the weight"),
+        (banned_without_a_proof, 6, "alice is banned by a blob that does not prove its fault"),
+        (planned_after_a_ban, 6, "bob was banned, and is in a later plan, of version 4"),
     ],
 )
 def test_each_lie_is_found(lie: Callable[[Histories], None], invariant: int, words: str) -> None:

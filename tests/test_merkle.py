@@ -3,7 +3,7 @@ from hashlib import sha256
 import pytest
 
 from hivegrpo.protocol.errors import CommitmentError
-from hivegrpo.protocol.merkle import check_range, leaf_hash, merkle_root, range_proof
+from hivegrpo.protocol.merkle import check_range, leaf_hash, merkle_root, narrow_proof, range_proof
 
 # Certificate Transparency's published vectors: pieces, and the root over the first n of them.
 PIECES = ["", "00", "10", "2021", "3031", "40414243", "5051525354555657", "606162636465666768696a6b6c6d6e6f"]
@@ -71,3 +71,14 @@ def test_another_place_leaf_or_proof_is_refused(size: int) -> None:
         if run.stop < size:
             with pytest.raises(CommitmentError):
                 check_range(root, size, range(run.start + 1, run.stop + 1), part, proof)
+
+
+def test_a_proof_narrowed_to_a_part_is_the_parts_own() -> None:
+    for size in range(1, 12):
+        leaves = [leaf_hash(bytes([place])) for place in range(size)]
+        runs = [range(low, high) for low in range(size) for high in range(low + 1, size + 1)]
+        for run in runs:
+            proof = range_proof(leaves, run)
+            for part in (part for part in runs if run.start <= part.start and part.stop <= run.stop):
+                narrow = narrow_proof(size, run, leaves[run.start : run.stop], proof, part)
+                assert narrow == range_proof(leaves, part)

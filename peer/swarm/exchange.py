@@ -11,13 +11,16 @@ from dataclasses import dataclass
 
 import structlog
 
+from hivegrpo.peer.swarm.accuse import Sent
 from hivegrpo.peer.swarm.contribution import EncodedVector
 from hivegrpo.peer.swarm.directory import Directory
-from hivegrpo.peer.swarm.reducer import SpanLayout, SpanReducer
+from hivegrpo.peer.swarm.pulls import PULL, PullServer
+from hivegrpo.peer.swarm.reducer import RefusedPush, SpanLayout, SpanReducer
 from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.audits import receipt_of
 from hivegrpo.protocol.blobs import BlobRef, blob_ref, blob_root, split_pieces
-from hivegrpo.protocol.envelope import Opened, open_signed, parse, sign
-from hivegrpo.protocol.errors import CommitmentError, RemoteError, StaleError, WireError
+from hivegrpo.protocol.envelope import Opened, open_signed, parse, sign, sign_payload
+from hivegrpo.protocol.errors import CommitmentError, FrameError, RemoteError, StaleError, WireError
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.transport.base import Stream, Transport
 
@@ -53,15 +56,20 @@ class Exchange:
         run_id: str,
         directory: Directory,
         worker: Executor,
+        on_bad_push: Callable[[Sent], None] | None = None,
     ) -> None:
+        """`on_bad_push` is told of chunks that contradict what their sender signed."""
         self.plan = plan
+        self.own = own
         self.spans: dict[int, Span] = {}
+        self.pulls = PullServer(plan, own, identity, run_id)
+        """Serves the chunks that are here to whoever audits a span."""
         self.began = time.perf_counter()
         self.seconds = 0.0
         """From the plan until all spans are here."""
         self.bytes_sent = 0
         self.bytes_received = 0
-        self._own = own
+        self._on_bad_push = on_bad_push
         self._identity = identity
         self._run_id = run_id
         self._directory = directory
@@ -88,6 +96,7 @@ class Exchange:
 
     async def collect(self, seal: Opened[pb.Seal]) -> list[Span]:
         """Reduce the own span and fetch the others: all spans in order. RemoteError when time is up."""
+        self.pulls.open(self.reducer)
         try:
             async with asyncio.timeout(self.plan.message.step_seconds):
                 await asyncio.gather(*(self._obtain(index, seal) for index in range(len(self.plan.message.reducers))))
@@ -105,8 +114,13 @@ class Exchange:
         try:
             async with asyncio.timeout(self.plan.message.exchange_seconds):
                 await self.reducer.receive(stream, header)
+        except RefusedPush as error:
+            if self._on_bad_push is not None:
+                self._on_bad_push(Sent(header, error.chunks))
+            raise CommitmentError(error.message) from None
         except TimeoutError:
             raise StaleError(f"the push did not end within {self.plan.message.exchange_seconds:g} s") from None
+        self.pulls.keep_header(signed)
         await stream.send(pb.Ack(accepted=True).SerializeToString())
         self._count(stream)
 
@@ -125,8 +139,8 @@ class Exchange:
 
     async def _push_span(self, index: int) -> None:
         layout = SpanLayout.of(self.plan.message, index)
-        chunks = list(self._own.chunks[layout.chunks.start : layout.chunks.stop])
-        header = self._own.header(self.plan.digest, index, layout.chunks)
+        chunks = list(self.own.chunks[layout.chunks.start : layout.chunks.stop])
+        header = self.own.header(self.plan.digest, index, layout.chunks)
         if self.reducer is not None and index == self.reducer.span:
             await self.reducer.take(self._identity.peer_id, chunks, header)
             return
@@ -168,8 +182,8 @@ class Exchange:
         data = await loop.run_in_executor(self._worker, reducer.reduce, seal.message)
         ref = blob_ref(data)
         content = pb.Blob(root=ref.root, size=ref.size)
-        receipt = pb.SpanReceipt(plan=self.plan.digest, seal=seal.digest, span=reducer.span, content=content)
-        return Span(sign(self._identity, self._run_id, receipt), content, data)
+        receipt = receipt_of(self.plan.digest, seal.digest, reducer.span, content)
+        return Span(sign_payload(self._identity, self._run_id, "SpanReceipt", receipt), content, data)
 
     async def _fetch_span(self, source: str, index: int, layout: SpanLayout, seal: Opened[pb.Seal]) -> Span:
         async with await self._directory.open_stream(source, SPAN) as stream:
@@ -178,6 +192,10 @@ class Exchange:
             receipt = open_signed(signed, self._run_id, pb.SpanReceipt, self.plan.message.reducers[index].peer).message
             if (receipt.plan, receipt.seal, receipt.span) != (self.plan.digest, seal.digest, index):
                 raise StaleError("the receipt is for another plan, seal or span")
+            if signed.payload != receipt_of(self.plan.digest, seal.digest, index, receipt.content):
+                raise FrameError(
+                    "a receipt with something else in it: whoever has only its signature could not check it"
+                )
             ref = BlobRef(receipt.content.root, layout.size)
             if receipt.content.size != layout.size:
                 raise CommitmentError(f"a span of {receipt.content.size} bytes where the plan says {layout.size}")
@@ -224,6 +242,7 @@ class ExchangeServer:
         """Begin to serve."""
         await transport.serve_stream(PUSH, self._on_push)
         await transport.serve_stream(SPAN, self._on_span)
+        await transport.serve_stream(PULL, self._on_pull)
 
     async def add(self, exchange: Exchange) -> None:
         """Serve an attempt, and no longer the oldest ones."""
@@ -244,6 +263,10 @@ class ExchangeServer:
         if request.span >= len(exchange.plan.message.reducers):
             raise StaleError("no such span in that plan")
         await exchange.serve_span(stream, request.span)
+
+    async def _on_pull(self, stream: Stream) -> None:
+        request = parse(pb.PullRequest, await stream.receive(MAX_HEADER_BYTES))
+        await (await self._find(request.plan)).pulls.serve(stream, request)
 
     async def _find(self, plan: bytes, patience: float = 5.0) -> Exchange:
         """The attempt of a plan; the plan itself may still be on its way to this peer."""

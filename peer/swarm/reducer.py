@@ -22,6 +22,14 @@ MAX_NORM_SQUARED = 1 << (298 + 120)
 """Largest squared norm of a contribution's span, in units of 2^-298: beyond 2^60 its square overflows in the step."""
 
 
+class RefusedPush(CommitmentError):
+    """Chunks that contradict what their sender signed, and the chunks."""
+
+    def __init__(self, message: str, chunks: list[bytes]) -> None:
+        super().__init__(message)
+        self.chunks = chunks
+
+
 @dataclass(frozen=True, slots=True)
 class SpanLayout:
     """Which chunks a span has and how long each is, all from the signed plan."""
@@ -74,6 +82,8 @@ class SpanReducer:
         try:
             chunks = [await self._frame(stream, size) for size in self.layout.sizes]
             await self.take(sender, chunks, header.message)
+        except CommitmentError as error:
+            raise RefusedPush(error.message, chunks) from None
         finally:
             self._receiving.discard(sender)
 
@@ -95,6 +105,10 @@ class SpanReducer:
         """Who is complete, with the exact squared norm of each one's span."""
         complete = [pb.Complete(peer=peer, norm_squared=norm_bytes(self._norms[peer])) for peer in sorted(self._chunks)]
         return pb.SenderReport(plan=self.plan.digest, complete=complete)
+
+    def chunks_of(self, sender: str) -> list[bytes] | None:
+        """A sender's chunks, if they are all here."""
+        return self._chunks.get(sender)
 
     def has_all(self, seal: pb.Seal) -> bool:
         """Whether every sender that the seal names is complete here."""

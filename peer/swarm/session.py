@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 
 from hivegrpo.peer.swarm.directory import Directory
 from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.audits import NOTICE, read_seed
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.checks import check_addresses, check_lease, check_manifest, check_plan, check_seal
 from hivegrpo.protocol.envelope import Opened, open_signed, parse, sign
@@ -60,6 +61,8 @@ class Session:
         self.plan: Opened[pb.RoundPlan] | None = None
         self.seal: Opened[pb.Seal] | None = None
         self.head: Opened[pb.VersionManifest] | None = None
+        self.audit_seed: tuple[bytes, bytes] | None = None
+        """Digest of the seal whose spans are to be audited, and the seed that says which, and by whom."""
         self.finished = False
         self.connected = False
         self.joins = 0
@@ -215,6 +218,8 @@ class Session:
     def _take_notice(self, signed: pb.Signed) -> None:
         notice = self._open(signed, pb.Notice).message
         self.finished = self.finished or notice.kind == "finished"
+        if notice.kind == NOTICE:
+            self.audit_seed = read_seed(notice)
 
     async def _set_connected(self, connected: bool) -> None:
         async with self._changed:

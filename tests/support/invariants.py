@@ -7,7 +7,7 @@ from pathlib import Path
 from hivegrpo.coordinator.history import read_records
 from hivegrpo.coordinator.log import LOG_FILE, EventLog
 from hivegrpo.peer.home import PeerHome
-from hivegrpo.peer.swarm.audit import span_auditor
+from hivegrpo.peer.swarm.recompute import guilty_by, span_auditor
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.history import Record, read_history
 from hivegrpo.protocol.invariants import check
@@ -35,7 +35,7 @@ def assert_invariants_of_homes(coordinator: Path, peers: Mapping[str, Path]) -> 
 
     with closing(EventLog(coordinator / LOG_FILE, chain.run_id)) as log:
         histories = {name: read_history(home.history) for name, home in homes.items()}
-        violations = check(read_records(log), histories, recompute)
+        violations = check(read_records(log), histories, recompute, guilty_by(coordinator / "blobs", chain.run_id))
     assert not violations
     assert chain.height < KEPT_VERSIONS
     assert not missing

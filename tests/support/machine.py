@@ -28,6 +28,7 @@ def make_config(**sections: dict[str, Any]) -> RunConfig:
         "rewards": {"functions": ["exact"]},
         "grpo": {"num_generations": 4, "prompts_per_round": 10, "max_completion_length": 8, "loss_type": "dapo"},
         "optimizer": {"learning_rate": 1e-3, "lr_scheduler_type": "constant"},
+        "averaging": {"audit_rate": 0.0},
         "timing": {"lease": 60.0, "exchange": 10.0, "step": 20.0, "grace": 5.0, "max_attempts": 3},
     }
     for name, values in sections.items():

@@ -34,6 +34,7 @@ def small_config(**sections: dict[str, Any]) -> RunConfig:
         "dataset": {"path": "rows.jsonl"},
         "rewards": {"functions": ["exact_match"]},
         "grpo": {"prompts_per_round": 6, "num_generations": 4, "max_completion_length": 8},
+        "averaging": {"audit_rate": 0.0},
         "timing": {"lease": 20.0, "exchange": 5.0, "step": 10.0, "grace": 1.0},
         "distribution": {"anchor_every": 2, "keep_versions": KEPT_VERSIONS},
         "optimizer": {"learning_rate": 1e-2, "lr_scheduler_type": "constant"},

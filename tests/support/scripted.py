@@ -38,6 +38,7 @@ def make_run(coordinator: Identity, **sections: dict[str, Any]) -> tuple[pb.Sign
         "dataset": {"path": "rows.jsonl"},
         "rewards": {"functions": ["exact"]},
         "grpo": {"num_generations": 4, "prompts_per_round": 9, "loss_type": "grpo"},
+        "averaging": {"audit_rate": 0.0},
         "timing": {"lease": 30.0, "exchange": 10.0, "step": 10.0, "grace": 0.2},
         "distribution": {"anchor_every": 1, "keep_versions": 5},
     }

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hivegrpo.coordinator.bench import JudgeProof
 from hivegrpo.coordinator.events import Event, VersionCommitted
 from hivegrpo.coordinator.log import LOG_FILE, EventLog
 from hivegrpo.coordinator.service import Coordinator
@@ -55,6 +56,8 @@ class Swarm:
     peers: dict[str, Node] = field(default_factory=dict)
     coordinator: Node | None = None
     identities: dict[str, Identity] = field(default_factory=dict)
+    judge_proof: JudgeProof | None = None
+    service: Coordinator | None = None
     _version: int = -1
     _news: asyncio.Condition = field(default_factory=asyncio.Condition)
 
@@ -99,6 +102,7 @@ class Swarm:
             clock=time.time,
             blobs=BlobStore(home / "blobs"),
             on_event=self._on_event,
+            judge_proof=self.judge_proof,
         )
         stop = asyncio.Event()
 
@@ -109,6 +113,7 @@ class Swarm:
                 log.close()
                 await transport.close()
 
+        self.service = service
         self.coordinator = Node(identity, home, stop, asyncio.create_task(run()), transport)
         return self.coordinator
 

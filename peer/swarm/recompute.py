@@ -1,13 +1,16 @@
-"""Recomputing committed spans from the chunks that went into them."""
+"""What `protocol.invariants.check` asks of those who can compute: spans from their chunks, and proofs of fault."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from hivegrpo.peer.swarm.codecs.registry import get_codec
 from hivegrpo.peer.swarm.contribution import ContributionStore
+from hivegrpo.peer.swarm.faults import judge
 from hivegrpo.peer.swarm.reducer import SpanLayout, reduce_span
-from hivegrpo.protocol.blobs import blob_root
+from hivegrpo.protocol.blobs import BlobRef, blob_root
+from hivegrpo.protocol.blobstream import BlobStore
 from hivegrpo.protocol.chain import Chain
+from hivegrpo.protocol.errors import WireError
 from hivegrpo.protocol.history import Record
 
 
@@ -43,3 +46,15 @@ def span_auditor(chain: Chain, contributions: Sequence[Path]) -> Callable[[Recor
         return blob_root(reduce_span(plan, span, seal, chunks))
 
     return recompute
+
+
+def guilty_by(blobs: Path, run_id: str) -> Callable[[bytes, int], Collection[str]]:
+    """Who is guilty by a blob in that folder, as a proof of that run; nobody if it is gone, or shows nothing."""
+
+    def guilty(root: bytes, size: int) -> Collection[str]:
+        try:
+            return [peer for peer, _ in judge(BlobStore(blobs).read(BlobRef(root, size)), run_id)]
+        except (FileNotFoundError, WireError):
+            return []
+
+    return guilty

@@ -1,0 +1,26 @@
+"""What a banned peer still has in the round, and how it ends: its lease, its contribution, the attempt it is in."""
+
+from collections.abc import Iterator
+
+from hivegrpo.coordinator import events as ev
+from hivegrpo.coordinator.state import Phase, State
+
+
+def end_of_banned(state: State, now: float) -> Iterator[ev.Event]:
+    """Events that leave nothing of the banned in the round in flight."""
+    current = state.round
+    for peer, ban in state.banned.items():
+        why = f"its peer was banned: {ban.reason}"
+        member = state.members.get(peer)
+        if member is not None and member.lease is not None:
+            lease = state.leases[member.lease].message
+            yield ev.LeaseExpired(now, lease.id, why, lease.iteration)
+        if peer in current.contributions:
+            lease = current.contributions[peer].lease
+            yield ev.ContributionRejected(now, peer, lease.id, why, lease.iteration)
+    attempt = current.attempt
+    if attempt is not None and state.phase in (Phase.EXCHANGE, Phase.STEP):
+        gone = sorted(attempt.roster & state.banned.keys())
+        if gone:
+            reason = f"banned from the roster: {', '.join(gone)}"
+            yield ev.AttemptFailed(now, current.version, current.attempts, reason)
