@@ -1,4 +1,5 @@
-.PHONY: install test parity lint demo bench bench-solo bench-learning bench-memory bench-rounds bench-attacks fuzz proto
+.PHONY: install test parity fuzz lint demo proto \
+	bench bench-wan bench-attacks bench-rounds bench-codecs bench-quality bench-solo bench-learning bench-memory
 .DEFAULT_GOAL := install
 
 PYTHON ?= python3
@@ -37,6 +38,9 @@ demo: install  ## a coordinator and three peers on this machine train a small mo
 
 bench: install  ## averaging, against hivemind's
 	$(BIN)/python benchmarks/allreduce.py
+
+bench-wan: install  ## rounds over 20 Mbit/s uplinks, in network namespaces; needs root
+	$(BIN)/python benchmarks/wan.py
 
 bench-solo: install  ## a step that one machine makes alone, against TRL's
 	$(BIN)/python benchmarks/solo.py

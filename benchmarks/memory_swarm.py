@@ -32,19 +32,27 @@ def train(config: RunConfig, learners: list[Learner], base: Path, seconds: float
 
     base: folder of the model that all learners begin with. TimeoutError if it takes longer than so many seconds.
     """
+    manifests = (
+        parse(pb.VersionManifest, event.payload)
+        for event in history(config, learners, base, seconds)
+        if isinstance(event, VersionCommitted)
+    )
+    return [dict(manifest.metrics) for manifest in manifests if manifest.version > 0]
+
+
+def history(config: RunConfig, learners: list[Learner], base: Path, seconds: float) -> list[Event]:
+    """All that the coordinator of such a run decides."""
     with tempfile.TemporaryDirectory(prefix="hivegrpo-swarm-") as folder:
         return asyncio.run(_train(Path(folder), config, learners, base, seconds))
 
 
-async def _train(folder: Path, config: RunConfig, learners: list[Learner], base: Path, seconds: float) -> list[Metrics]:
-    chief, network, versions = Identity.generate(), MemoryNetwork(), []
+async def _train(folder: Path, config: RunConfig, learners: list[Learner], base: Path, seconds: float) -> list[Event]:
+    chief, network = Identity.generate(), MemoryNetwork()
+    events: list[Event] = []
     run = _signed_run(chief, config, learners[0])
 
     def on_event(event: Event, _: State) -> None:
-        if isinstance(event, VersionCommitted):
-            manifest = parse(pb.VersionManifest, event.payload)
-            if manifest.version > 0:
-                versions.append(dict(manifest.metrics))
+        events.append(event)
 
     with closing(EventLog(folder / LOG_FILE, run_id_of(run.payload))) as log:
         coordinator = Coordinator(
@@ -62,7 +70,7 @@ async def _train(folder: Path, config: RunConfig, learners: list[Learner], base:
             everyone.create_task(coordinator.run(asyncio.Event()))
             for rank, learner in enumerate(learners):
                 everyone.create_task(_take_part(PeerHome(folder / str(rank)), network, run, config, learner, base))
-    return versions
+    return events
 
 
 async def _take_part(

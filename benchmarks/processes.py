@@ -32,12 +32,15 @@ class WorkerError(Exception):
 class Worker:
     """One process that runs a script of `workers/`. Its stderr goes to a file in `folder`."""
 
-    def __init__(self, script: str, name: str, arguments: Sequence[str], folder: Path) -> None:
+    def __init__(
+        self, script: str, name: str, arguments: Sequence[str], folder: Path, within: Sequence[str] = ()
+    ) -> None:
+        """`within`: a command that runs the one after it, somewhere else."""
         self.name = name
         self._log = folder / f"{name}.log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, str(WORKERS / script), *arguments],
+                [*within, sys.executable, str(WORKERS / script), *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -100,9 +103,9 @@ class Crew:
         self.workers: list[Worker] = []
         self._folder = folder
 
-    def start(self, script: str, name: str, *arguments: object) -> Worker:
+    def start(self, script: str, name: str, *arguments: object, within: Sequence[str] = ()) -> Worker:
         """Start a worker."""
-        worker = Worker(script, name, [str(argument) for argument in arguments], self._folder)
+        worker = Worker(script, name, [str(argument) for argument in arguments], self._folder, within)
         self.workers.append(worker)
         return worker
 

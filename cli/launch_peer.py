@@ -31,7 +31,7 @@ async def _run(address: str, settings: PeerConfig, signals: StopSignals, as_json
     from hivegrpo.peer.daemon import run_peer
 
     async def make_transport(identity: Identity, key: Path, settings: PeerConfig, address: str) -> Transport:
-        return await network.open(identity, key.parent, settings, [address])
+        return await network.open(identity, key.parent, settings, [address], settings.upload_mbit)
 
     stop = asyncio.Event()
     signals.bind(stop)

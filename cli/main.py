@@ -71,6 +71,7 @@ def run_peer(
     dht: Dht = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of torch; cores / peers here if left out.")] = None,
+    upload_mbit: Annotated[float | None, typer.Option(help="Most to send, in Mbit/s; no cap if left out.")] = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -78,7 +79,7 @@ def run_peer(
     from hivegrpo.cli.launch_peer import launch
 
     flags = {"home": home, "host": host, "port": port, "dht": dht, "device": device, "threads": threads}
-    launch(address, flags, as_json=as_json, verbose=verbose)
+    launch(address, {**flags, "upload_mbit": upload_mbit}, as_json=as_json, verbose=verbose)
 
 
 @app.command()

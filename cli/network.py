@@ -10,6 +10,7 @@ from hivegrpo.protocol.errors import HiveError
 from hivegrpo.protocol.files import write_whole
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.transport.base import Transport
+from hivegrpo.protocol.transport.rate import UploadCap
 
 if TYPE_CHECKING:
     from hivegrpo.protocol.transport.p2p import P2PTransport
@@ -24,7 +25,12 @@ class Network:
         self._opened: asyncio.Future[P2PTransport] = asyncio.get_running_loop().create_future()
 
     async def open(
-        self, identity: Identity, home: Path, settings: DaemonConfig, initial_peers: Sequence[str] = ()
+        self,
+        identity: Identity,
+        home: Path,
+        settings: DaemonConfig,
+        initial_peers: Sequence[str] = (),
+        upload_mbit: float | None = None,
     ) -> Transport:
         """Listen on the port of the settings, else on the one that this home had before, else on a free one.
 
@@ -33,7 +39,8 @@ class Network:
         from hivegrpo.protocol.transport.p2p import P2PTransport
 
         port = settings.port or kept_port(home)
-        transport = await P2PTransport.create(identity, settings.host, port, initial_peers, settings.dht)
+        upload = None if upload_mbit is None else UploadCap(upload_mbit)
+        transport = await P2PTransport.create(identity, settings.host, port, initial_peers, settings.dht, upload)
         write_whole(home / PORT_FILE, transport.addresses()[0].split("/")[4].encode())
         self._opened.set_result(transport)
         return transport

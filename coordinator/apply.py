@@ -4,7 +4,9 @@ from collections.abc import Iterable
 from typing import assert_never
 
 from hivegrpo.coordinator import events as ev
-from hivegrpo.coordinator.round import EVALUATION_PREFIX, Attempt, Audit, Granted, Held, Round, ballot_of
+from hivegrpo.coordinator.ahead import adopt_ahead, expire_ahead, grant_ahead
+from hivegrpo.coordinator.rates import follow
+from hivegrpo.coordinator.round import EVALUATION_PREFIX, Attempt, Audit, Granted, Held, Round, ballot_of, empty_pause
 from hivegrpo.coordinator.state import Ban, Head, Member, Phase, State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.audits import draw, seed_of
@@ -24,6 +26,8 @@ def apply(state: State, event: ev.Event) -> None:
             _leave(state, peer, at)
         case ev.PeerReady(peer=peer, version=version, state_root=root):
             _hold(state, peer, version, root)
+        case ev.PeerProbed(peer=peer, reachable=reachable):
+            state.members[peer].reachable = reachable
         case ev.LeaseGranted(at=at, payload=payload):
             _grant(state, payload, at)
         case ev.LeaseExpired(lease=lease):
@@ -48,6 +52,8 @@ def apply(state: State, event: ev.Event) -> None:
         case ev.PeerBanned(at=at, peer=peer):
             _ban(state, peer, at, Ban(event.reason, event.root, event.size))
         case ev.AttemptFailed(at=at, reason=reason):
+            state.standing.charge([*event.culprits, *event.disputed], event.version)
+            state.round.disputed = state.round.disputed or bool(event.disputed)
             state.phase = Phase.PLAN
             state.failed, state.round.attempt = state.round.attempt, None
             state.round.closed_at = at
@@ -55,11 +61,13 @@ def apply(state: State, event: ev.Event) -> None:
         case ev.RoundAbandoned(reason=reason):
             state.trouble = reason
             _begin_rollout(state)
-        case ev.RoundEmpty():
+        case ev.RoundEmpty(at=at):
             state.empty_rounds += 1
             _begin_rollout(state)
-        case ev.VersionCommitted(payload=payload):
+            state.round.resume_at = at + empty_pause(state.empty_rounds)
+        case ev.VersionCommitted(at=at, payload=payload):
             _commit(state, payload)
+            adopt_ahead(state, at)
         case _:
             assert_never(event)
 
@@ -75,6 +83,7 @@ def _start(state: State, at: float) -> None:
     if current.rollout_at is not None:
         current.rollout_at = at
     current.closed_at = at
+    current.resume_at = min(current.resume_at, at)
     if current.attempt is not None:
         current.attempt.planned_at = at
         current.attempt.sealed_at = at
@@ -87,6 +96,8 @@ def _join(state: State, event: ev.PeerJoined) -> None:
     if member is None:
         state.members[event.peer] = Member(event.addresses, event.agent, event.at)
     else:
+        if member.addresses != event.addresses:
+            member.reachable = None
         member.addresses, member.agent = event.addresses, event.agent
         member.connected, member.left, member.since = True, False, event.at
     state.connected[event.peer] = None
@@ -122,7 +133,7 @@ def _hold(state: State, peer: str, version: int, root: bytes) -> None:
 def _offer(state: State, peer: str) -> None:
     """Note that a peer could be leased work, if so."""
     member = state.members[peer]
-    if member.connected and peer not in state.round.served and peer not in state.banned:
+    if member.connected and peer not in state.round.served:
         state.unserved[peer] = None
         if member.ready == max(state.version, 0):
             state.idle[peer] = None
@@ -130,6 +141,9 @@ def _offer(state: State, peer: str) -> None:
 
 def _grant(state: State, payload: bytes, at: float) -> None:
     lease = parse(pb.Lease, payload)
+    if lease.ahead:
+        grant_ahead(state, lease, payload, at)
+        return
     current = state.round
     state.leases[lease.id] = Granted(lease, payload, at)
     if lease.iteration == 0:
@@ -146,6 +160,9 @@ def _grant(state: State, payload: bytes, at: float) -> None:
 
 
 def _expire(state: State, lease_id: int) -> None:
+    if lease_id in state.ahead:
+        expire_ahead(state, lease_id)
+        return
     lease = _end_lease(state, lease_id)
     if lease.iteration == 0:
         state.positions.give_back(range(lease.start, lease.start + lease.count))
@@ -210,9 +227,7 @@ def _report_senders(state: State, signed: pb.Signed) -> None:
     report = parse(pb.SenderReport, signed.payload)
     attempt = state.round.attempt
     assert attempt is not None
-    attempt.reports[signed.signer] = {
-        complete.peer: int.from_bytes(complete.norm_squared, "big") for complete in report.complete
-    }
+    attempt.take_report(signed.signer, report)
 
 
 def _seal(state: State, payload: bytes, at: float) -> None:
@@ -236,6 +251,8 @@ def _vote(state: State, signed: pb.Signed, at: float) -> None:
         last.vote(signed.signer, report, at)
         if ballot == last.winner():
             _hold(state, signed.signer, report.version, report.state_root)
+        else:
+            state.standing.charge([signed.signer], report.version)
 
 
 def _audit(state: State, signed: pb.Signed) -> None:
@@ -268,6 +285,8 @@ def _commit(state: State, payload: bytes) -> None:
     state.empty_rounds = 0
     state.trouble = ""
     if attempt is not None:
+        follow(state.rates, attempt)
+        _judge_roster(state, attempt, manifest)
         for peer in _voters(attempt, manifest.state.root):
             state.members[peer].ready, state.members[peer].ready_root = manifest.version, manifest.state.root
     state.round = Round(manifest.version + 1)
@@ -282,6 +301,15 @@ def _commit(state: State, payload: bytes) -> None:
                 del state.idle[peer]
     if manifest.version == state.terms.config.run.versions:
         state.phase = Phase.FINISHED
+
+
+def _judge_roster(state: State, attempt: Attempt, manifest: pb.VersionManifest) -> None:
+    """Charge who voted otherwise or was left out of the seal; the others did their part."""
+    counted = {contributor.peer for contributor in manifest.contributors}
+    otherwise = {peer for peer, ballot in attempt.votes.items() if ballot != attempt.winner()}
+    spoilers = sorted(otherwise | (attempt.roster - counted))
+    state.standing.credit(sorted(counted - otherwise), manifest.version)
+    state.standing.charge(spoilers, manifest.version)
 
 
 def _voters(attempt: Attempt, root: bytes) -> Iterable[str]:

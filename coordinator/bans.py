@@ -1,8 +1,9 @@
-"""What a banned peer still has in the round, and how it ends: its lease, its contribution, the attempt it is in."""
+"""What a banned peer still has in the round, and how it ends: its leases, its contribution, the attempt it is in."""
 
 from collections.abc import Iterator
 
 from hivegrpo.coordinator import events as ev
+from hivegrpo.coordinator.ahead import ahead_of
 from hivegrpo.coordinator.state import Phase, State
 
 
@@ -15,6 +16,9 @@ def end_of_banned(state: State, now: float) -> Iterator[ev.Event]:
         if member is not None and member.lease is not None:
             lease = state.leases[member.lease].message
             yield ev.LeaseExpired(now, lease.id, why, lease.iteration)
+        ahead = ahead_of(state, peer)
+        if ahead is not None:
+            yield ev.LeaseExpired(now, ahead.message.id, why)
         if peer in current.contributions:
             lease = current.contributions[peer].lease
             yield ev.ContributionRejected(now, peer, lease.id, why, lease.iteration)

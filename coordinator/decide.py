@@ -3,10 +3,11 @@
 The answer also says when to ask again if nothing else happens, so that nobody has to poll.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from hivegrpo.coordinator import events as ev
+from hivegrpo.coordinator.ahead import due_ahead, expire_all, next_ahead
 from hivegrpo.coordinator.audits import audits_until, next_turn, unaudited
 from hivegrpo.coordinator.bans import end_of_banned
 from hivegrpo.coordinator.metrics import why_empty
@@ -23,6 +24,7 @@ from hivegrpo.coordinator.planning import (
     wants_evaluation,
 )
 from hivegrpo.coordinator.round import EXTRA_SECONDS, LAST_VOTES_SECONDS, Attempt
+from hivegrpo.coordinator.standing import deniers, withholders
 from hivegrpo.coordinator.state import Phase, State
 
 
@@ -37,9 +39,16 @@ class Decision:
 
 def decide(state: State, now: float) -> Decision:
     """Events to apply now. Ask again after applying them, until there are none."""
-    ended = tuple(end_of_banned(state, now))
-    if ended:
-        return Decision(ended)
+    due = tuple(end_of_banned(state, now)) or due_ahead(state, now)
+    if due:
+        return Decision(due)
+    decision = _of_round(state, now)
+    if decision.events or not state.ahead:
+        return decision
+    return Decision(wake=min((at for at in (decision.wake, next_ahead(state, now)) if at is not None), default=None))
+
+
+def _of_round(state: State, now: float) -> Decision:
     match state.phase:
         case Phase.GENESIS:
             return _genesis(state, now)
@@ -77,6 +86,8 @@ def _rollout(state: State, now: float) -> Decision:
     expired = tuple(_expiries(state, now))
     if expired:
         return Decision(expired)
+    if now < state.round.resume_at:
+        return Decision(wake=state.round.resume_at)
     config, current = state.terms.config, state.round
     deadline = None if current.rollout_at is None else current.rollout_at + config.timing.lease
     late = bool(current.contributions) and deadline is not None and now >= deadline
@@ -194,8 +205,11 @@ def _exchange(state: State, attempt: Attempt, now: float) -> Decision:
     if not missing:
         cut_off = [peer for peer, complete in attempt.reports.items() if 2 * len(complete) < len(attempt.roster)]
         if 0 < len(cut_off) < len(attempt.reports):
-            lost = _rejections(state, cut_off, now, "as a reducer, it had less than half of the senders")
-            return Decision((*lost, *_fail(state, now, f"reducers {', '.join(cut_off)} lack most senders").events))
+            return _fail(state, now, f"reducers {', '.join(cut_off)} lack most senders", cut_off)
+        denied = {} if state.round.disputed else deniers(attempt, state.standing)
+        if denied:
+            words = ", ".join(f"{reducer} alone lacks {sender}" for reducer, sender in denied.items())
+            return _fail(state, now, f"reducer {words}", denied, denied.values())
         payload = seal_payload(attempt)
         if payload is not None:
             return Decision((ev.SealMade(now, payload),))
@@ -203,11 +217,11 @@ def _exchange(state: State, attempt: Attempt, now: float) -> Decision:
     deadline = attempt.planned_at + attempt.plan.exchange_seconds + EXTRA_SECONDS
     if now >= deadline:
         lost = _rejections(state, missing, now, "as a reducer, it did not report in time")
-        return Decision((*lost, *_fail(state, now, f"no report from reducers {', '.join(missing)}").events))
+        return Decision((*lost, *_fail(state, now, f"no report from reducers {', '.join(missing)}", missing).events))
     limits = {peer: state.round.absent[peer] + timing.grace for peer in missing if peer in state.round.absent}
     gone = [peer for peer, limit in limits.items() if now >= limit]
     if gone:
-        return _fail(state, now, f"lost reducers {', '.join(gone)} during the exchange")
+        return _fail(state, now, f"lost reducers {', '.join(gone)} during the exchange", gone)
     return Decision(wake=min([deadline, *limits.values()]))
 
 
@@ -225,15 +239,16 @@ def _step(state: State, attempt: Attempt, now: float) -> Decision:
     gone = sum(1 for limit in away.values() if now >= limit)
     if leading + open_votes < attempt.quorum:
         return _fail(state, now, f"the votes disagree: {len(attempt.tally)} different results")
-    if leading + open_votes - gone < attempt.quorum:
-        return _fail(state, now, "too few of the roster are left for a quorum")
     reducers = {reducer.peer for reducer in attempt.plan.reducers}
     lost = [peer for peer, limit in away.items() if peer in reducers and now >= limit]
+    if leading + open_votes - gone < attempt.quorum:
+        return _fail(state, now, "too few of the roster are left for a quorum", lost)
     if lost and not attempt.votes:
-        return _fail(state, now, f"lost reducers {', '.join(lost)} before anyone had all spans")
+        return _fail(state, now, f"lost reducers {', '.join(lost)} before anyone had all spans", lost)
     deadline = attempt.sealed_at + attempt.plan.step_seconds + EXTRA_SECONDS
     if now >= deadline:
-        return _fail(state, now, f"{len(attempt.votes)} of {len(attempt.roster)} votes within the step's time")
+        reason = f"{len(attempt.votes)} of {len(attempt.roster)} votes within the step's time"
+        return _fail(state, now, reason, withholders(attempt))
     return Decision(wake=min([deadline, *(limit for limit in away.values() if limit > now)]))
 
 
@@ -261,13 +276,18 @@ def _commit(state: State, attempt: Attempt, now: float) -> Iterator[ev.Event]:
     yield ev.VersionCommitted(now, payload)
 
 
-def _fail(state: State, now: float, reason: str) -> Decision:
-    return Decision((ev.AttemptFailed(now, state.round.version, state.round.attempts, reason),))
+def _fail(
+    state: State, now: float, reason: str, culprits: Iterable[str] = (), disputed: Iterable[str] = ()
+) -> Decision:
+    current = state.round
+    failed = ev.AttemptFailed(now, current.version, current.attempts, reason, tuple(culprits), tuple(disputed))
+    return Decision((failed,))
 
 
 def _abandon(state: State, now: float, reason: str) -> Decision:
     rejected = _rejections(state, list(state.round.contributions), now, reason)
-    return Decision((*rejected, ev.RoundAbandoned(now, state.round.version, reason)))
+    early = expire_all(state, now, "its version is not made from this round")
+    return Decision((*rejected, *early, ev.RoundAbandoned(now, state.round.version, reason)))
 
 
 def _rejections(state: State, peers: list[str], now: float, reason: str) -> Iterator[ev.ContributionRejected]:

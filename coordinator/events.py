@@ -62,6 +62,15 @@ class PeerReady(_Stored):
 
 
 @dataclass(frozen=True, slots=True)
+class PeerProbed(_Stored):
+    """Whether a stranger can dial this peer: told when it is first known, and when it changes."""
+
+    at: float
+    peer: str
+    reachable: bool
+
+
+@dataclass(frozen=True, slots=True)
 class LeaseGranted(_Stored):
     """`payload` is a Lease."""
 
@@ -160,12 +169,17 @@ class PeerBanned(_Stored):
 
 @dataclass(frozen=True, slots=True)
 class AttemptFailed(_Stored):
-    """The next attempt is planned from the same contributions."""
+    """The next attempt is planned from the same contributions.
+
+    `culprits` spoiled it, as far as the coordinator can tell; `disputed` are senders that a single reducer lacks.
+    """
 
     at: float
     version: int
     attempt: int
     reason: str
+    culprits: tuple[str, ...] = ()
+    disputed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +214,7 @@ Event = (
     | PeerDisconnected
     | PeerLeft
     | PeerReady
+    | PeerProbed
     | LeaseGranted
     | LeaseExpired
     | ContributionReceived

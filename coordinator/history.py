@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any, assert_never
 
 from hivegrpo.coordinator import events as ev
+from hivegrpo.coordinator.evidence import norm_of
 from hivegrpo.coordinator.log import EventLog
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.envelope import digest_of, parse
@@ -30,6 +31,8 @@ def _describe(event: ev.Event) -> tuple[str, Record]:
             return "left", {"peer": peer, "reason": reason}
         case ev.PeerReady(peer=peer, version=version, state_root=root):
             return "ready", {"peer": peer, "version": version, "state_root": root.hex()}
+        case ev.PeerProbed(peer=peer, reachable=reachable):
+            return "probed", {"peer": peer, "reachable": reachable}
         case ev.LeaseGranted(payload=payload):
             return "lease", _lease(parse(pb.Lease, payload))
         case ev.LeaseExpired(lease=lease, iteration=iteration, reason=reason):
@@ -53,7 +56,8 @@ def _describe(event: ev.Event) -> tuple[str, Record]:
         case ev.PeerBanned(peer=peer, reason=reason, root=root, size=size):
             return "banned", {"peer": peer, "reason": reason, "proof": {"root": root.hex(), "size": size}}
         case ev.AttemptFailed(version=version, attempt=attempt, reason=reason):
-            return "attempt_failed", {"version": version, "attempt": attempt, "reason": reason}
+            blamed = {"culprits": list(event.culprits), "disputed": list(event.disputed)}
+            return "attempt_failed", {"version": version, "attempt": attempt, "reason": reason, **blamed}
         case ev.RoundAbandoned(version=version, reason=reason):
             return "round_abandoned", {"version": version, "reason": reason}
         case ev.RoundEmpty(version=version, reason=reason):
@@ -76,6 +80,7 @@ def _lease(lease: pb.Lease) -> Record:
         "wanted": lease.wanted,
         "max_weight": lease.max_weight,
         "evaluate": lease.evaluate,
+        "ahead": lease.ahead,
     }
 
 
@@ -119,6 +124,8 @@ def _senders(signed: pb.Signed) -> Record:
         "peer": signed.signer,
         "plan": report.plan.hex(),
         "complete": [complete.peer for complete in report.complete],
+        "seconds": {complete.peer: complete.seconds for complete in report.complete},
+        "refused": {refused.peer: refused.reason for refused in report.refused},
     }
 
 
@@ -127,7 +134,14 @@ def _seal(payload: bytes) -> Record:
     return {
         "digest": digest_of(payload).hex(),
         "plan": seal.plan.hex(),
-        "contributors": [{"peer": sealed.peer, "coefficient": sealed.coefficient} for sealed in seal.contributors],
+        "contributors": [
+            {
+                "peer": sealed.peer,
+                "coefficient": sealed.coefficient,
+                "norm": norm_of(int.from_bytes(sealed.norm_squared, "big")),
+            }
+            for sealed in seal.contributors
+        ],
     }
 
 
@@ -140,6 +154,8 @@ def _vote(signed: pb.Signed) -> Record:
         "seal": report.seal.hex(),
         "state_root": report.state_root.hex(),
         "spans": [_blob(span) for span in report.spans],
+        "seconds": list(report.seconds),
+        "dots": list(report.dots),
         "metrics": dict(report.metrics),
     }
 

@@ -11,7 +11,13 @@ TOKEN_METRICS = ("entropy", "kl", "cispo_clip_ratio")
 TOKEN_PREFIXES = ("clip_ratio/", "sampling/")
 """Metrics that are means over completion tokens."""
 
-TELLING = ("frac_reward_zero_std", "completions/clipped_ratio", "prompts/dropped", "groups/dropped")
+TELLING = (
+    "frac_reward_zero_std",
+    "completions/clipped_ratio",
+    "prompts/dropped",
+    "groups/dropped",
+    "numerics/failed",
+)
 """Metrics that say why there was nothing to learn."""
 
 

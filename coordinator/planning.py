@@ -7,10 +7,11 @@ from google.protobuf.message import Message
 
 from hivegrpo.coordinator.metrics import merge_metrics
 from hivegrpo.coordinator.round import Attempt, Ballot, Held
+from hivegrpo.coordinator.shares import shares, spans
 from hivegrpo.coordinator.state import State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.checks import MAX_LEASE_POSITIONS, MAX_REDUCERS
-from hivegrpo.protocol.chunks import chunk_count, split_evenly
+from hivegrpo.protocol.chunks import chunk_count
 from hivegrpo.protocol.coefficients import coefficients, norm_bytes, planned_rule
 from hivegrpo.protocol.config import GrpoSection, RunConfig
 from hivegrpo.protocol.envelope import digest_of
@@ -28,21 +29,28 @@ TOKEN_LOSSES = ("dapo", "cispo")
 """Loss types that weigh a contribution by its tokens; the others weigh it by its completions."""
 
 
-def lease_payload(state: State, lease_id: int, peer: str, run: range, wanted: int, *, evaluate: bool) -> bytes:
-    """A lease of the positions in `run`, of which `wanted` groups are to be used, to be worked on under the head."""
+def lease_payload(
+    state: State, lease_id: int, peer: str, run: range, wanted: int, *, evaluate: bool, ahead: bool = False
+) -> bytes:
+    """A lease of the positions in `run`, of which `wanted` groups are to be used, to be worked on under the head.
+
+    `ahead`: under the version that is being made, with a rollout under the head.
+    """
     config, head = state.terms.config, state.head
     assert head is not None
+    reference, coming = head.manifest.reference_version, state.round.version
     lease = pb.Lease(
         id=lease_id,
         peer=peer,
-        version=state.version,
+        version=coming if ahead else state.version,
         start=run.start,
         count=len(run),
         wanted=wanted,
         max_weight=max_weight(wanted, config.grpo),
         seconds=config.timing.lease,
-        reference_version=head.manifest.reference_version,
+        reference_version=reference_of(coming, reference, config.grpo) if ahead else reference,
         evaluate=evaluate,
+        ahead=ahead,
     )
     return _payload(lease)
 
@@ -81,14 +89,15 @@ def plan_payload(state: State, peers: Sequence[str]) -> bytes | None:
     config, current, head = state.terms.config, state.round, state.head
     assert head is not None
     roster = sorted(peers)
-    reachable = [peer for peer in roster if peer in state.connected and state.members[peer].addresses]
+    reachable = state.standing.preferred(_reachable(state, roster), current.version)
     chunks = chunk_count(state.terms.values)
     if not reachable:
         return None
     if current.tries > 1:
         reachable = sorted(_draw(reachable, head.digest, current.attempts + 1))
-    reducers = reachable[: min(MAX_REDUCERS, chunks)]
-    spans = split_evenly(chunks, len(reducers))
+    if len(reachable) > MAX_REDUCERS:
+        reachable = sorted(sorted(reachable, key=lambda peer: -state.rates.get(peer, 0.0))[:MAX_REDUCERS])
+    sizes = shares(chunks, [state.rates.get(peer) for peer in reachable], len(roster))
     optimizer = config.optimizer
     scalars = StepScalars.for_step(
         current.version,
@@ -108,7 +117,8 @@ def plan_payload(state: State, peers: Sequence[str]) -> bytes | None:
         contributors=[_contributor(peer, current.contributions[peer]) for peer in roster],
         reducers=[
             pb.Reducer(peer=peer, addresses=_dialled(state, peer), first=span.start, chunks=len(span))
-            for peer, span in zip(reducers, spans, strict=True)
+            for peer, span in zip(reachable, spans(sizes), strict=True)
+            if span
         ],
         scalars=scalars.to_bits(),
         exchange_seconds=config.timing.exchange,
@@ -116,6 +126,15 @@ def plan_payload(state: State, peers: Sequence[str]) -> bytes | None:
         audit_seconds=config.timing.audit,
     )
     return _payload(plan)
+
+
+def _reachable(state: State, roster: Sequence[str]) -> list[str]:
+    """Who can reduce: connected, with an address, and not known to be out of a stranger's reach.
+
+    Nobody has to dial a peer that is alone; and if all failed the test, the test may be wrong: all are tried.
+    """
+    named = [peer for peer in roster if peer in state.connected and state.members[peer].addresses]
+    return [peer for peer in named if state.members[peer].reachable is not False] or named
 
 
 def _draw(peers: Sequence[str], head: bytes, attempt: int) -> list[str]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from hivegrpo.coordinator import events as ev
+from hivegrpo.coordinator.ahead import ahead_of
 from hivegrpo.coordinator.state import Phase, State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.audits import seed_notice
@@ -46,6 +47,8 @@ def current_for(state: State, peer: str, *, finished: bool) -> list[Push]:
         told.append(Push(to, "VersionManifest", state.head.payload))
     if lease is not None:
         told.append(Push(to, "Lease", state.leases[lease].payload))
+    if (ahead := ahead_of(state, peer)) is not None:
+        told.append(Push(to, "Lease", ahead.payload))
     if attempt is not None and peer in attempt.roster:
         told.append(Push(to, "RoundPlan", attempt.payload))
         if attempt.seal is not None:

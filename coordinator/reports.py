@@ -89,6 +89,8 @@ def _judge_contribution(state: State, signed: pb.Signed, peer: str, run_id: str,
             return Verdict(True)
         return Verdict(False, f"refused: another contribution was committed for lease {contribution.lease}")
     lease = state.leases.get(contribution.lease)
+    if contribution.lease in state.ahead:
+        return Verdict(False, f"invalid: lease {contribution.lease} is for a version that is still being made")
     if lease is None and contribution.lease < state.next_lease:
         return Verdict(False, f"stale: lease {contribution.lease} expired")
     if lease is None or lease.message.peer != peer:

@@ -9,6 +9,11 @@ from hivegrpo.protocol.audits import Draw
 EXTRA_SECONDS = 2.0
 """Beyond a plan's own durations, for messages that are under way."""
 
+EMPTY_SECONDS = 0.5
+"""Pause after the second empty round in a row; each further one doubles it, up to `MOST_EMPTY_SECONDS`."""
+
+MOST_EMPTY_SECONDS = 30.0
+
 LAST_VOTES_SECONDS = 0.5
 """How long a version that has its quorum waits for the votes that are still to come."""
 
@@ -22,6 +27,11 @@ EVALUATION_PREFIX = "eval/"
 def ballot_of(report: pb.StepReport) -> Ballot:
     """What a step report votes for."""
     return report.state_root, tuple((span.root, span.size) for span in report.spans)
+
+
+def empty_pause(rounds: int) -> float:
+    """Seconds without leases after so many empty rounds in a row: none after one, which may be bad luck."""
+    return 0.0 if rounds < 2 else min(EMPTY_SECONDS * 2.0 ** min(rounds - 2, 30), MOST_EMPTY_SECONDS)
 
 
 @dataclass(slots=True)
@@ -63,6 +73,14 @@ class Attempt:
     roster: frozenset[str]
     reports: dict[str, dict[str, int]] = field(default_factory=dict)
     """By reducer: the senders whose chunks it has whole, with the exact squared norm of each one's span."""
+    pushes: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By reducer: seconds that each sender's chunks took to come."""
+    refused: dict[str, dict[str, str]] = field(default_factory=dict)
+    """By reducer: whose push it cut off, and why."""
+    fetches: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """By voter: seconds that each span took to come from its reducer; 0 if it came from elsewhere."""
+    dots: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """By reducer: its span's inner product with each sealed contribution's, and with itself."""
     seal: pb.Seal | None = None
     seal_payload: bytes = b""
     seal_digest: bytes = b""
@@ -85,11 +103,20 @@ class Attempt:
         """Votes that commit: two thirds of the roster, rounded up."""
         return -(-2 * len(self.roster) // 3)
 
+    def take_report(self, reducer: str, report: pb.SenderReport) -> None:
+        """Note a reducer's only report."""
+        self.reports[reducer] = {
+            complete.peer: int.from_bytes(complete.norm_squared, "big") for complete in report.complete
+        }
+        self.pushes[reducer] = {complete.peer: complete.seconds for complete in report.complete}
+        self.refused[reducer] = {item.peer: item.reason for item in report.refused}
+
     def vote(self, peer: str, report: pb.StepReport, at: float) -> None:
-        """Count a peer's only vote."""
+        """Count a peer's only vote, and note what it saw."""
         assert peer not in self.votes
         ballot = ballot_of(report)
         self.votes[peer], self.receipts[peer] = ballot, tuple(report.receipts)
+        self.fetches[peer], self.dots[peer] = tuple(report.seconds), tuple(report.dots)
         self.tally[ballot] = self.tally.get(ballot, 0) + 1
         if self.quorum_at is None and self.tally[ballot] >= self.quorum:
             self.quorum_at = at
@@ -126,6 +153,10 @@ class Round:
     """When the first lease was granted."""
     closed_at: float = 0.0
     """When the rollout was closed, or the last attempt failed."""
+    disputed: bool = False
+    """Whether an attempt was given up because a single reducer lacks a sender; once is enough."""
+    resume_at: float = 0.0
+    """No lease is granted before."""
     evaluating: bool = False
     """Whether a live lease, or a contribution, has the held-out measurement."""
     evaluation: dict[str, float] = field(default_factory=dict)

@@ -23,6 +23,7 @@ from hivegrpo.coordinator.decide import decide
 from hivegrpo.coordinator.followers import Followers
 from hivegrpo.coordinator.journal import Journal
 from hivegrpo.coordinator.log import DAMAGED_HINT, EventLog
+from hivegrpo.coordinator.prober import Prober
 from hivegrpo.coordinator.pushes import Push, current_for, finished_push, push_of, state_holders
 from hivegrpo.coordinator.reports import judge, open_heartbeat
 from hivegrpo.coordinator.state import Phase, State, Terms
@@ -103,6 +104,7 @@ class Coordinator:
             ban=self._ban,
             sign_plan=lambda payload: self._sign("RoundPlan", payload),
         )
+        self._prober = Prober(transport.probe, self._on_probed)
         self._archive = Archive(
             transport,
             blobs,
@@ -122,15 +124,17 @@ class Coordinator:
         await serve_blobs(self._transport, self._blobs)
         await self._transport.serve_call(REPORT, self._on_report)
         await self._transport.serve_stream(FOLLOW, self._on_follow, max_per_peer=2)
-        watched = [asyncio.create_task(self._archive.run()), asyncio.create_task(stop.wait())]
+        working = [asyncio.create_task(self._archive.run()), asyncio.create_task(self._prober.run())]
+        watched: list[asyncio.Task[Any]] = [*working, asyncio.create_task(stop.wait())]
         for task in watched:
             task.add_done_callback(lambda _: self._wake.set())
         try:
             while not stop.is_set() and not self._may_exit():
                 self._wake.clear()
                 await self._sleep_until(self._advance())
-                if watched[0].done():
-                    watched[0].result()
+                for task in working:
+                    if task.done() and self._fatal is None:
+                        task.result()
         finally:
             self._closing = True
             await self._bench.close()
@@ -235,6 +239,8 @@ class Coordinator:
             self._archive.want(self.chain.append(entry).manifest.message)
         if push is not None:
             self._deliver(push)
+        if isinstance(event, ev.PeerJoined):
+            self._prober.want(event.peer, event.addresses)
         if isinstance(event, ev.PeerLeft | ev.PeerBanned):
             self._followers.end(event.peer)
         if isinstance(event, ev.PeerBanned):
@@ -274,6 +280,11 @@ class Coordinator:
         """By a proof that holds, and is kept."""
         if peer not in self.state.banned:
             self._happen([ev.PeerBanned(self._clock(), peer, reason, proof.root, proof.size)])
+
+    def _on_probed(self, peer: str, addresses: Sequence[str], reachable: bool) -> None:
+        member = self.state.members[peer]
+        if self._fatal is None and member.addresses == addresses and member.reachable is not reachable:
+            self._happen([ev.PeerProbed(self._clock(), peer, reachable)])
 
     def _beat(self, signed: pb.Signed, remote: str) -> str | None:
         heartbeat = open_heartbeat(signed, remote, self.run_id)

@@ -7,6 +7,7 @@ from typing import Self
 
 from hivegrpo.coordinator.positions import Positions
 from hivegrpo.coordinator.round import Attempt, Granted, Round
+from hivegrpo.coordinator.standing import Standing
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.config import RunConfig
 from hivegrpo.protocol.envelope import digest_of, parse
@@ -70,6 +71,8 @@ class Member:
     ready_root: bytes = b""
     lease: int | None = None
     """Its live lease."""
+    reachable: bool | None = None
+    """Whether a stranger can dial it; None: not known yet."""
     contributed: int = 0
     """Versions that its contributions are in."""
 
@@ -115,8 +118,13 @@ class State:
     """Those of the unserved that hold the head (in genesis: that reported a root of version 0)."""
     leases: dict[int, Granted] = field(default_factory=dict)
     """Live leases by id, oldest first."""
+    ahead: dict[int, Granted] = field(default_factory=dict)
+    """Leases for the round after this one, by id (`coordinator/ahead.py`)."""
     next_lease: int = 1
     positions: Positions = field(default_factory=Positions)
+    rates: dict[str, float] = field(default_factory=dict)
+    """Upload rates of peers, bytes a second, as far as others saw enough of them."""
+    standing: Standing = field(default_factory=Standing)
     empty_rounds: int = 0
     """Rounds in a row in which nothing could be learnt."""
     trouble: str = ""

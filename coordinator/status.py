@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hivegrpo.coordinator.evidence import contribution_evidence
 from hivegrpo.coordinator.state import Member, Phase, State
 
 PEER_STATES = ("joining", "online", "paused", "draining")
@@ -36,6 +37,7 @@ def snapshot(state: State, heartbeats: Mapping[str, Pulse], now: float) -> dict[
         "contributions": len(current.contributions),
         "leases": len(state.leases),
         "empty_rounds": state.empty_rounds,
+        "evidence": contribution_evidence(state.last) if state.last else [],
         "trouble": state.trouble or _genesis_trouble(state),
         "banned": {peer: ban.reason for peer, ban in sorted(state.banned.items())},
         "peers": [
@@ -52,6 +54,9 @@ def _peer(state: State, peer: str, member: Member, pulse: Pulse | None, now: flo
         "version": current.version if current else member.ready,
         "tokens_per_second": current.metrics.get("tokens_per_second", 0.0) if current else 0.0,
         "contributed": member.contributed,
+        "reachable": member.reachable,
+        "upload_rate": state.rates.get(peer),
+        "charges": state.standing.charges(peer),
         "agent": member.agent,
     }
 

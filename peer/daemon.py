@@ -137,7 +137,11 @@ async def work_in_run(
     )
     codec = get_codec(config.averaging.codec)
     keep = config.distribution.keep_versions
-    with closing(History(home.history)) as history:
+    with (
+        closing(History(home.history)) as history,
+        ThreadPoolExecutor(max_workers=1, thread_name_prefix="canonical") as canonical,
+    ):
+        synchroniser = Synchroniser(versions, transport, directory, chain.coordinator, canonical)
         accuser = Accuser(home.faults, store, session, history, chain.run_id)
         volunteer = Volunteer(
             config=config,
@@ -151,6 +155,7 @@ async def work_in_run(
             feedback=ErrorFeedback(home.feedback, codec, identity.peer_id),
             learner=learner,
             worker=worker,
+            canonical=canonical,
             history=history,
             auditor=Auditor(
                 run=chain.run,

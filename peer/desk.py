@@ -1,6 +1,7 @@
 """A lease, worked on: from its positions to a committed contribution (steps 2 to 4 of a round)."""
 
 import threading
+import time
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +33,9 @@ class Learns(Protocol):
 
     def load_reference(self, vector: Tensor | None) -> None:
         """Take over the parameters of the KL reference; None for the base, with which it begins."""
+
+    def sample(self, lease: int, start: int, count: int, wanted: int, cancelled: threading.Event) -> None:
+        """Sample and score ahead of `contribute`, which differentiates it at the parameters loaded by then."""
 
     def contribute(
         self, lease: int, start: int, count: int, wanted: int, cancelled: threading.Event
@@ -76,6 +80,13 @@ class LeaseDesk:
         self._codec = get_codec(config.averaging.codec)
         self._loaded_reference = 0
 
+    def sample(self, lease: pb.Lease, parameters: Tensor, cancelled: threading.Event) -> tuple[float, float]:
+        """Sample ahead, under the version before the lease's; when it began and ended, by time.perf_counter."""
+        began = time.perf_counter()
+        self._learner.load(lease.version - 1, parameters)
+        self._learner.sample(lease.id, lease.start, lease.count, lease.wanted, cancelled)
+        return began, time.perf_counter()
+
     def work(self, lease: pb.Lease, parameters: Tensor, cancelled: threading.Event) -> Work:
         """The contribution and, unless it is empty, its vector, which is on disk by then."""
         self._load(lease.version, parameters)
@@ -83,9 +94,9 @@ class LeaseDesk:
             lease=lease.id, iteration=lease.iteration, version=lease.version, root=EMPTY_ROOT
         )
         metrics = contribution.metrics
-        if lease.evaluate:
-            metrics["eval/accuracy"] = self._learner.evaluate(cancelled).accuracy
         try:
+            if lease.evaluate:
+                metrics["eval/accuracy"] = self._learner.evaluate(cancelled).accuracy
             if lease.iteration:
                 learned = self._learner.contribute_again(lease.id, lease.iteration, cancelled)
             else:
@@ -95,7 +106,8 @@ class LeaseDesk:
             require_moderate(learned.vector, "The gradient")
             encoded = self._encode(lease, learned)
         except (NonFiniteError, NumericsError) as error:
-            log.error("a gradient is not finite; its prompts are dropped", lease=lease.id, reason=str(error))
+            log.error("numbers are not finite; the lease's prompts are dropped", lease=lease.id, reason=str(error))
+            metrics["numerics/failed"] = 1.0
             contribution.dropped.extend(range(lease.count) if lease.iteration == 0 else ())
             return Work(contribution)
         if learned.num_tokens:

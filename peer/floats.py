@@ -1,12 +1,17 @@
 """What canonical arithmetic needs of floating point: subnormals kept, and finite values."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hivegrpo.protocol.errors import HiveError, NumericsError
 
 # Made of bits: a conversion would already lose the subnormal in a thread that flushes.
-_SMALLEST_NORMAL, _SMALLEST_SUBNORMAL = torch.tensor([[1 << 23], [1]], dtype=torch.int32).view(torch.float32)
+_PROBES = np.array([1 << 23, 1], np.int32).view(np.float32)
+"""The smallest normal and the smallest subnormal value."""
+_FACTORS = np.array([0.5, 2.0**23], np.float32)
+_PRODUCTS = np.array([1 << 22, 1 << 23], np.int32).tobytes()
+"""The first has a subnormal result and a normal operand, the second the other way round."""
 
 
 class NonFiniteError(HiveError, ValueError):
@@ -21,10 +26,7 @@ def keep_subnormals() -> None:
     NumericsError if subnormals are still lost.
     """
     torch.set_flush_denormal(False)
-    # The first has a subnormal result and a normal operand, the second the other way round.
-    result_lost = (_SMALLEST_NORMAL * 0.5).view(torch.int32).item() != 1 << 22
-    input_lost = (_SMALLEST_SUBNORMAL * 2.0**23).item() != 2.0**-126
-    if result_lost or input_lost:
+    if (_PROBES * _FACTORS).tobytes() != _PRODUCTS:
         raise NumericsError(
             "This thread flushes subnormal numbers to zero, and that cannot be switched off.",
             "Look for a library built with fast-math, or a processor without IEEE subnormals; try another machine.",

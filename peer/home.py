@@ -29,14 +29,14 @@ class PeerHome:
         return self.root / CONTRIBUTIONS_FOLDER
 
     @property
-    def feedback(self) -> Path:
-        """What the encoding of own contributions has lost."""
-        return self.root / "feedback"
-
-    @property
     def faults(self) -> Path:
         """Proofs of what other peers did wrong."""
         return self.root / "faults"
+
+    @property
+    def feedback(self) -> Path:
+        """What the encoding of own contributions has lost."""
+        return self.root / "feedback"
 
     @property
     def history(self) -> Path:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import structlog
 
+from hivegrpo.peer.ahead import AheadSampler
 from hivegrpo.peer.desk import Learns, LeaseDesk, Work
 from hivegrpo.peer.feedback import ErrorFeedback
 from hivegrpo.peer.floats import NonFiniteError
@@ -74,9 +75,11 @@ class Volunteer:
         feedback: ErrorFeedback,
         learner: Learns,
         worker: Executor,
+        canonical: Executor,
         history: History,
         auditor: Auditor,
     ) -> None:
+        """`worker` learns; `canonical` reduces and steps, and never waits for a rollout."""
         self.state = "joining"
         self._identity = identity
         self._session = session
@@ -88,6 +91,8 @@ class Volunteer:
         self._round_groups = config.grpo.prompts_per_round
         self._desk = LeaseDesk(config, learner, versions, contributions, feedback)
         self._worker = worker
+        self._canonical = canonical
+        self._ahead = AheadSampler(self._desk, session, versions, worker) if config.averaging.overlap else None
         self._history = history
         self._auditor = auditor
         self._leaving = False
@@ -104,11 +109,16 @@ class Volunteer:
 
     async def work(self) -> None:
         """Until the run is finished or `leave` was called, and nothing is owed to a round in flight."""
-        while True:
-            task = await self._session.wait(self._next)
-            if task == self._rest:
-                return
-            await task()
+        ahead = asyncio.create_task(self._ahead.run(self._may_sample)) if self._ahead is not None else None
+        try:
+            while True:
+                task = await self._session.wait(self._next)
+                if task == self._rest:
+                    return
+                await task()
+        finally:
+            if ahead is not None:
+                await _end(ahead)
 
     async def leave(self) -> None:
         """Take no new lease; finish the round that already counts on this peer's contribution."""
@@ -156,6 +166,8 @@ class Volunteer:
         if work is None:
             self._said_ready = None
             return
+        if self._ahead is not None and work.contribution.weight:
+            work.contribution.metrics["seconds/hidden"] = self._ahead.hidden(lease.id)
         place = {"lease": lease.id, "iteration": lease.iteration, "version": lease.version}
         root = work.contribution.root
         if work.note:
@@ -172,6 +184,10 @@ class Volunteer:
             log.warning("a contribution was not taken", lease=lease.id, reason=ack.reason)
             self._said_ready = None
 
+    def _may_sample(self, lease: pb.Lease) -> bool:
+        """Whether a lease ahead is worth sampling under; the rest of it is checked when its version is here."""
+        return not self._leaving and lease.wanted <= self._round_groups
+
     def _agrees_with(self, lease: pb.Lease) -> bool:
         """Whether a lease wants no more than a round, and names the KL reference that the chain has at its version."""
         if lease.wanted > self._round_groups:
@@ -185,6 +201,8 @@ class Volunteer:
     async def _attempt(self, plan: Opened[pb.RoundPlan], own: EncodedVector) -> None:
         """Exchange, seal, reduce, step and vote (steps 6 to 9 of a round), unless a newer fact makes it pointless."""
         self._done_plan = plan.digest
+        if self._ahead is not None:
+            self._ahead.exchange_began()
         try:
             await self._unless(lambda: self._is_over(plan), self._average(plan, own))
         except (WireError, NonFiniteError) as error:
@@ -195,8 +213,11 @@ class Volunteer:
         """One attempt as the architecture has it; each line is a step of the round."""
         self._versions.check_plan(plan.message)
         exchange = await self._open_exchange(plan, own)
-        seal = await self._exchange(exchange)
-        spans = await exchange.collect(seal)
+        try:
+            seal = await self._exchange(exchange)
+            spans = await exchange.collect(seal)
+        finally:
+            await exchange.hang_up()
         voted = asyncio.Event()
         auditing = asyncio.create_task(self._auditor.audit(exchange, seal, voted))
         try:
@@ -214,7 +235,7 @@ class Volunteer:
             identity=self._identity,
             run_id=self._versions.chain.run_id,
             directory=self._directory,
-            worker=self._worker,
+            worker=self._canonical,
             on_bad_push=partial(self._auditor.accuse_sender, plan),
         )
         await self._exchanges.add(exchange)
@@ -234,7 +255,7 @@ class Volunteer:
     async def _step(self, plan: Opened[pb.RoundPlan], seal: Opened[pb.Seal], spans: Sequence[Span]) -> bytes:
         """The optimizer step beside the current state; its root (step 9)."""
         data = [span.data for span in spans]
-        state, root = await self._on_worker(self._versions.shadow, plan.message, data)
+        state, root = await self._on_canonical(self._versions.shadow, plan.message, data)
         self._shadow = Shadow(plan, seal, state, root)
         return root
 
@@ -247,6 +268,8 @@ class Volunteer:
             spans=[span.content for span in spans],
             state_root=root,
             receipts=[span.receipt.signature for span in spans],
+            seconds=exchange.span_seconds,
+            dots=exchange.dots,
             metrics={
                 "seconds/exchange": exchange.seconds,
                 "seconds/step": time.perf_counter() - exchange.began - exchange.seconds,
@@ -267,11 +290,14 @@ class Volunteer:
             versions.adopt(0, versions.state, versions.state_root)
         elif follows and shadow and shadow.is_made_by(head.message):
             versions.extend(pb.ChainEntry(manifest=head.signed, plan=shadow.plan.signed, seal=shadow.seal.signed))
-            await self._on_worker(versions.adopt, version, shadow.state, shadow.root)
+            await self._on_canonical(versions.adopt, version, shadow.state, shadow.root)
         else:
             if shadow and shadow.plan.digest == head.message.plan:
                 log.error("this machine's step gave another root; replaying from the sealed bytes", version=version)
             await self._synchronise()
+        if self._ahead is not None:
+            self._ahead.exchange_ended()
+            await self._session.touch()
         self._history.record(
             "version",
             version=versions.version,
@@ -349,8 +375,8 @@ class Volunteer:
             await _end(task)
             await _end(watch)
 
-    async def _on_worker(self, function: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
+    async def _on_canonical(self, function: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._canonical, function, *args)
 
 
 def _name(lease: pb.Lease) -> tuple[int, int]:

@@ -75,6 +75,8 @@ def check_lease(lease: pb.Lease) -> None:
 def check_contribution(contribution: pb.Contribution, lease: pb.Lease, rollout: Sequence[int] | None = None) -> None:
     """Each offset of the lease is accounted for exactly once, and the weight is within what the used ones allow.
 
+    Returned offsets are the lease's last ones, so that nobody can shred the positions that others may lease.
+
     `rollout`, for iterations after 0: the offsets that iteration 0 used; they are used again, all or none.
     """
     check_digest(contribution.root, "the contribution's root")
@@ -87,6 +89,8 @@ def check_contribution(contribution: pb.Contribution, lease: pb.Lease, rollout: 
             raise FrameError("a later iteration does not use what iteration 0 used")
     elif len(offsets) != lease.count or set(offsets) != set(range(lease.count)):
         raise FrameError("used, dropped and returned offsets do not cover the lease exactly once")
+    elif sorted(contribution.returned) != list(range(lease.count - len(contribution.returned), lease.count)):
+        raise FrameError("what is returned is not the end of the lease: positions are worked on in order")
     if len(contribution.used) > lease.wanted:
         raise FrameError(f"{len(contribution.used)} groups are used of a lease that wants {lease.wanted}")
     most = lease.max_weight * len(contribution.used) // lease.wanted

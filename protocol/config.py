@@ -353,6 +353,19 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _sample_ahead(self) -> Self:
+        if self.averaging.overlap and self.grpo.num_iterations > 1:
+            raise ValueError(
+                "[averaging] overlap samples for the next version while this one is exchanged, and with [grpo] "
+                "num_iterations above 1 the next versions come from the same rollout: leave one of them out"
+            )
+        if self.averaging.overlap and self.grpo.max_staleness < 1:
+            raise ValueError(
+                "[averaging] overlap uses rollouts that are one version behind: set [grpo] max_staleness to 1 or more"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _hold_rows_out(self) -> Self:
         made, held = self.dataset, self.evaluation
         if held is not None and made.task is not None and (made.name, made.seed) == (held.name, held.seed):
@@ -457,6 +470,8 @@ class PeerConfig(DaemonConfig):
     model_config = SettingsConfigDict(env_prefix="HIVEGRPO_PEER_")
     role: ClassVar[str] = "peer"
 
+    upload_mbit: float | None = Field(default=None, ge=1.0, le=100_000.0)
+    """Most that this peer sends, in 10^6 bits a second; no cap if left out."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to sample and to take gradients; auto takes a GPU if there is one."""
     threads: int | None = Field(default=None, ge=1, le=1024)

@@ -63,7 +63,7 @@ class ChainError(MismatchError):
 
 
 class NumericsError(HiveError):
-    """This machine does not reproduce the canonical numbers."""
+    """This machine does not reproduce the canonical numbers, or computes some that are not finite."""
 
 
 class WireError(HiveError):

@@ -81,7 +81,7 @@ def test_the_weight_is_bound_by_what_is_used() -> None:
     assert machine.report(peer, one).accepted
 
 
-def test_a_reducer_that_denies_all_others_does_not_count_alone() -> None:
+def test_a_reducer_that_denies_all_others_loses_that_job_and_no_contribution_is_lost() -> None:
     machine = Machine()
     machine.start()
     machine.contribute(*machine.peers)
@@ -89,11 +89,11 @@ def test_a_reducer_that_denies_all_others_does_not_count_alone() -> None:
     for peer in honest:
         machine.senders(peer, *machine.peers)
     machine.senders(liar, liar)
-    assert [event.peer for event in machine.of(ev.ContributionRejected)] == [liar]
-    assert [contributor.peer for contributor in machine.plan.contributors] == honest
+    assert [event.culprits for event in machine.of(ev.AttemptFailed)] == [(liar,)]
+    assert [reducer.peer for reducer in machine.plan.reducers] == honest
     machine.exchange()
-    machine.vote(*honest)
-    assert [contributor.peer for contributor in machine.manifest.contributors] == honest
+    machine.vote(*machine.peers)
+    assert [contributor.peer for contributor in machine.manifest.contributors] == machine.peers
     machine.check_replay()
 
 

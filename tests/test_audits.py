@@ -160,6 +160,8 @@ def test_a_liar_is_banned_by_proof_and_nothing_wrong_is_committed(
     assert_invariants(swarm)
     assert ChainFile.open(swarm.peer_home("a")).chain.height == 2
     assert kinds(swarm) == ({liar: proved} if proved else {})
+    reasons = [record["reason"] for record in records(swarm, "attempt_failed")]
+    assert all(reason.startswith("banned") for reason in reasons), "it is caught in the attempt in which it lies"
 
 
 def test_an_auditor_that_covers_a_lying_reducer_is_banned_with_it(tmp_path: Path) -> None:

@@ -125,6 +125,8 @@ CHANGES: dict[str, tuple[Message, list[Callable[[Any], None]]]] = {
             _set(used=[0, 1]),
             _set(used=[0, 0]),
             _set(used=[3]),
+            _set(used=[2], returned=[0]),
+            _set(used=[2], dropped=[0], returned=[1]),
             _set(used=[0, 1, 2], dropped=[], returned=[]),
             _set(weight=9),
             _set(weight=0),

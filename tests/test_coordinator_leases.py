@@ -8,9 +8,11 @@ from support.machine import Machine, run_of
 
 from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.apply import apply
+from hivegrpo.coordinator.decide import decide
 from hivegrpo.coordinator.planning import LARGEST_ROSTER, manifest_payload
 from hivegrpo.coordinator.positions import Positions
 from hivegrpo.coordinator.reports import judge
+from hivegrpo.coordinator.round import EMPTY_SECONDS
 from hivegrpo.coordinator.state import Phase
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.chain import MAX_ENTRY_BYTES
@@ -60,19 +62,20 @@ def test_a_lost_peer_keeps_its_lease_for_the_grace(machine: Machine) -> None:
 
 
 def test_every_position_is_in_one_place_over_epochs(machine: Machine) -> None:
-    a, b, c = machine.peers
     machine.start()
-    machine.report(a, machine.contribution(a, dropped=[0], returned=[1, 3]))
-    machine.contribute(b, c)
+    first, second, third = machine.state.round.served
+    assert machine.report(first, machine.contribution(first, dropped=[0], returned=[3])).accepted
+    assert machine.report(second, machine.contribution(second, returned=[2])).accepted
+    machine.contribute(third)
     used = {p for h in machine.state.round.contributions.values() for p in (h.lease.start + o for o in h.message.used)}
-    assert used == {2, *range(4, 10)}
-    assert machine.state.positions.returned == [range(1, 2), range(3, 4)]
+    assert used == {1, 2, 4, 5, 7, 8, 9}
+    assert machine.state.positions.returned == [range(3, 4), range(6, 7)]
     machine.exchange()
     machine.vote(*machine.peers)
     leased = sorted(p for peer in machine.peers for p in run_of(machine.lease(peer)))
     # The two returned ones are less than half of what a peer is to have; they wait, and the cursor goes on.
     assert leased == list(range(10, 20))
-    assert machine.state.positions == Positions(cursor=20, returned=[range(1, 2), range(3, 4)])
+    assert machine.state.positions == Positions(cursor=20, returned=[range(3, 4), range(6, 7)])
 
 
 def test_positions_are_picked_taken_and_merged() -> None:
@@ -108,15 +111,51 @@ def test_the_plan_is_made_at_the_deadline_with_what_there_is(machine: Machine) -
 def test_an_empty_round_is_begun_again_with_other_prompts(machine: Machine) -> None:
     machine.start()
     for _ in range(2):
-        for peer in machine.peers:
-            everything = range(machine.lease(peer).count)
-            assert machine.report(peer, machine.contribution(peer, dropped=everything)).accepted
+        drop_everything(machine)
     assert machine.state.empty_rounds == 2
     assert machine.of(ev.PlanMade) == []
+    machine.wait(EMPTY_SECONDS)
     assert sorted(p for peer in machine.peers for p in run_of(machine.lease(peer))) == list(range(20, 30))
     machine.round()
     assert machine.state.version == 1
     assert machine.state.empty_rounds == 0
+
+
+def drop_everything(machine: Machine) -> None:
+    """An empty round."""
+    for peer in machine.peers:
+        everything = range(machine.lease(peer).count)
+        assert machine.report(peer, machine.contribution(peer, dropped=everything)).accepted
+
+
+def test_empty_rounds_are_begun_ever_more_slowly(machine: Machine) -> None:
+    machine.start()
+    drop_everything(machine)
+    pauses = []
+    while machine.now < 1000.0 + 120.0:
+        drop_everything(machine)
+        assert machine.state.leases == {}
+        empty_at, wake = machine.now, decide(machine.state, machine.now).wake
+        assert wake is not None
+        machine.wait(wake - machine.now - 0.01)
+        assert machine.state.leases == {}
+        machine.wait(0.01)
+        assert machine.lease(machine.peers[0]).version == 0
+        pauses.append(machine.now - empty_at)
+    assert pauses == pytest.approx([0.5, 1, 2, 4, 8, 16, 30, 30, 30])
+    machine.round()
+    assert machine.state.version == 1
+    drop_everything(machine)
+    assert machine.state.leases != {}, "one empty round may be bad luck"
+
+
+def test_a_restart_does_not_sit_out_a_pause(machine: Machine) -> None:
+    machine.start()
+    drop_everything(machine)
+    drop_everything(machine)
+    machine.happen(ev.CoordinatorStarted(machine.now))
+    machine.join(*machine.peers)
+    assert machine.lease(machine.peers[0]).version == 0
 
 
 def sampled(machine: Machine, peer: str, used: int, dropped: int) -> pb.Contribution:
@@ -247,8 +286,9 @@ def test_a_late_joiner_gets_what_is_left(machine: Machine) -> None:
     machine.join(late.peer_id)
     machine.ready(late.peer_id)
     assert machine.state.members[late.peer_id].lease is None, "all is leased"
-    machine.report(a, machine.contribution(a, returned=[0, 1]))
-    assert list(run_of(machine.lease(late.peer_id))) == [machine.state.leases[4].message.start + o for o in (0, 1)]
+    lease = machine.lease(a)
+    assert machine.report(a, machine.contribution(a, returned=range(1, lease.count))).accepted
+    assert list(run_of(machine.lease(late.peer_id))) == list(run_of(lease))[1:]
 
 
 def test_reports_are_idempotent(machine: Machine) -> None:

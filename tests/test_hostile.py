@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from support.invariants import assert_invariants
 from support.runs import IntegerLearner, signed_run, small_config
+from support.streams import on_stream
 from support.swarm import Swarm
 
 from hivegrpo.protocol import hivegrpo_pb2 as pb
@@ -32,24 +33,6 @@ def run(scenario: Callable[[], Awaitable[None]]) -> None:
             await scenario()
 
     asyncio.run(bounded())
-
-
-def on_stream(name: str, change: Callable[[Stream], None]) -> Callable[[Transport], Transport]:
-    """A fault: `change` gets every stream of that name which a transport opens."""
-
-    def wrap(transport: Transport) -> Transport:
-        open_stream = transport.open_stream
-
-        async def opening(peer_id: str, opened: str, timeout: float = 10.0) -> Stream:
-            stream = await open_stream(peer_id, opened, timeout)
-            if opened == name:
-                change(stream)
-            return stream
-
-        transport.open_stream = opening  # type: ignore[method-assign]  # the fault
-        return transport
-
-    return wrap
 
 
 def bad_pushes(swarm: Swarm) -> dict[str, bytes]:

@@ -1,12 +1,15 @@
 """The coordinator of a run without a model: `hivegrpo.coordinator.service` over libp2p, as it is.
 
-Arguments: home folder, number of peers, number of values, number of versions.
+Arguments: home folder, number of peers, number of values, number of versions; optionally the address to listen on, and
+tables of run.toml that go over those given here, as JSON.
 """
 
 import asyncio
+import json
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from lines import say
 from sockets import keep_sockets_together
@@ -21,14 +24,14 @@ from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.transport.p2p import P2PTransport
 
 
-async def main(home: Path, peers: int, values: int, versions: int) -> None:
+async def main(home: Path, peers: int, values: int, versions: int, host: str, tables: dict[str, Any]) -> None:
     """Say the address; serve until the run is finished or the driver has gone."""
     stop = asyncio.Event()
     asyncio.get_running_loop().add_reader(sys.stdin.fileno(), stop.set)
     identity = Identity.generate()
-    config = run_config(peers, versions)
+    config = run_config(peers, versions, tables)
     run = sign_run(identity, config, values)
-    transport = await P2PTransport.create(identity)
+    transport = await P2PTransport.create(identity, host)
     try:
         with closing(EventLog(home / LOG_FILE, run_id_of(run.payload))) as log:
             coordinator = Coordinator(
@@ -48,7 +51,7 @@ async def main(home: Path, peers: int, values: int, versions: int) -> None:
         await transport.close()
 
 
-def run_config(peers: int, versions: int) -> RunConfig:
+def run_config(peers: int, versions: int, tables: dict[str, Any]) -> RunConfig:
     """One prompt a peer and version; everything about averaging, and all times, as they are by default."""
     return RunConfig.model_validate(
         {
@@ -58,6 +61,7 @@ def run_config(peers: int, versions: int) -> RunConfig:
             "rewards": {"functions": ["exact_match"]},
             "grpo": {"prompts_per_round": peers},
             "distribution": {"anchor_every": versions, "keep_versions": versions},
+            **tables,
         }
     )
 
@@ -82,5 +86,6 @@ def sign_run(identity: Identity, config: RunConfig, values: int) -> pb.Signed:
 
 if __name__ == "__main__":
     keep_sockets_together()
-    home, *numbers = sys.argv[1:]
-    asyncio.run(main(Path(home), *map(int, numbers)))
+    home, peers, values, versions, *more = sys.argv[1:]
+    host, tables = more or ("127.0.0.1", "{}")
+    asyncio.run(main(Path(home), int(peers), int(values), int(versions), host, json.loads(tables)))

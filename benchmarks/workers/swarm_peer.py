@@ -1,6 +1,7 @@
 """One peer of a run without a model: `hivegrpo.peer.daemon.work_in_run` over libp2p, with a learner that only answers.
 
-Arguments: home folder, rank, number of peers, number of values.
+Arguments: home folder, rank, number of peers, number of values; optionally the address to listen on, and the
+seconds that a rollout takes.
 
 The product has no switches for this. What is timed is seen from outside: the transport sees the peer's reports go out,
 and `decode_vector`, as `hivegrpo.peer.swarm.replay` calls it, returns when the averaged gradient is decoded.
@@ -23,6 +24,7 @@ from vectors import Mean, vector_of
 
 from hivegrpo.peer.daemon import work_in_run
 from hivegrpo.peer.home import PeerHome
+from hivegrpo.peer.learn.cancel import Cancelled
 from hivegrpo.peer.learn.evaluation import Evaluation
 from hivegrpo.peer.learn.learner import LearnedContribution
 from hivegrpo.peer.swarm import replay
@@ -77,7 +79,15 @@ class Stopwatch:
             "averaged": self._mean.matches(self._average),
             "exchange": report.metrics["seconds/exchange"],
             "encoding": self._reported - self._learned,
+            "at": time.time(),
+            "interface": interface_bytes(),
         }
+
+
+def interface_bytes() -> list[int]:
+    """Sent and received so far by eth0, headers included; zeros where there is none."""
+    counters = [Path(f"/sys/class/net/eth0/statistics/{name}_bytes") for name in ("tx", "rx")]
+    return [int(path.read_text()) if path.exists() else 0 for path in counters]
 
 
 class WatchedTransport(P2PTransport):
@@ -92,10 +102,11 @@ class WatchedTransport(P2PTransport):
 
 
 class ConstantLearner:
-    """Returns the same vector at once."""
+    """Returns the same vector, after a while that passes for a rollout."""
 
-    def __init__(self, vector: Tensor, watch: Stopwatch) -> None:
+    def __init__(self, vector: Tensor, watch: Stopwatch, rollout: float) -> None:
         self._vector = vector
+        self._rollout = rollout
         self._watch = watch
 
     def load(self, version: int, vector: Tensor) -> None:
@@ -107,6 +118,8 @@ class ConstantLearner:
     def contribute(
         self, lease: int, start: int, count: int, wanted: int, cancelled: threading.Event
     ) -> LearnedContribution:
+        if self._rollout and cancelled.wait(self._rollout):
+            raise Cancelled
         self._watch.learned()
         return LearnedContribution(
             vector=self._vector,
@@ -126,10 +139,10 @@ class ConstantLearner:
         raise AssertionError("the run has nothing to evaluate")
 
 
-async def main(home: PeerHome, rank: int, peers: int, values: int) -> None:
+async def main(home: PeerHome, rank: int, peers: int, values: int, host: str, rollout: float) -> None:
     """Hear the address; work until the run is finished; say the figures."""
     watch = Stopwatch(Mean(peers, values))
-    learner = ConstantLearner(vector_of(rank, values), watch)
+    learner = ConstantLearner(vector_of(rank, values), watch, rollout)
     say("loaded")
     message = hear("join")
     if message is None:
@@ -139,7 +152,7 @@ async def main(home: PeerHome, rank: int, peers: int, values: int) -> None:
     asyncio.get_running_loop().add_reader(sys.stdin.fileno(), working.cancel)  # the driver has gone
     address = message["address"]
     identity = Identity.generate()
-    transport = await WatchedTransport.create(identity, initial_peers=[address])
+    transport = await WatchedTransport.create(identity, host, initial_peers=[address])
     transport.watch = watch
     try:
         coordinator = await transport.connect([address])
@@ -166,5 +179,6 @@ async def main(home: PeerHome, rank: int, peers: int, values: int) -> None:
 if __name__ == "__main__":
     keep_sockets_together()
     torch.set_num_threads(1)
-    home, *numbers = sys.argv[1:]
-    asyncio.run(main(PeerHome(Path(home)), *map(int, numbers)))
+    home, rank, peers, values, *more = sys.argv[1:]
+    host, rollout = more or ("127.0.0.1", "0")
+    asyncio.run(main(PeerHome(Path(home)), int(rank), int(peers), int(values), host, float(rollout)))

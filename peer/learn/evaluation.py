@@ -37,7 +37,7 @@ def evaluate(
 ) -> Evaluation:
     """One greedy completion of each row; solved are those that the pool's first reward function gives 1 or more.
 
-    A prompt without a single token can't be completed, and is not solved.
+    A prompt without a single token can't be completed, and is not solved. NumericsError as `sample`.
     """
     assert rows
     problems, encoded = len(rows), [encoder.encode(row[PROMPT]) for row in rows]

@@ -65,6 +65,24 @@ def rollout_gradient(
     return Gradient(vector, size.weight(grpo), {"loss": loss.item()} | tally.values(), logps)
 
 
+@torch.no_grad()
+def rollout_logps(
+    policy: Policy,
+    rollout: Rollout,
+    grpo: GrpoSection,
+    micro_batch_tokens: int,
+    cancelled: threading.Event | None = None,
+) -> list[Tensor]:
+    """What `rollout_gradient` has as `logps`, at the current parameters, without the backward pass."""
+    logps = [torch.zeros(0)] * len(rollout.completions)
+    for members in _plan(rollout, grpo, micro_batch_tokens):
+        check(cancelled)
+        rows, _ = completion_logps(policy, make_batch(rollout, members, policy.device), grpo.temperature)
+        for member, row in zip(members, rows.cpu(), strict=True):
+            logps[member] = row[: len(rollout.completions[member].token_ids)].clone()
+    return logps
+
+
 def completion_logps(policy: Policy, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the completions' tokens under the current parameters, and entropies: two (B, T)."""
     mask = torch.cat([batch.prompt_mask, batch.completion_mask.long()], dim=1)

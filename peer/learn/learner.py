@@ -10,11 +10,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from hivegrpo.peer.learn.collect import Collector
+from hivegrpo.peer.learn.collect import Collector, Sampled
 from hivegrpo.peer.learn.data import Prompts
 from hivegrpo.peer.learn.encoding import PromptEncoder, load_tokenizer
 from hivegrpo.peer.learn.evaluation import Evaluation, evaluate
-from hivegrpo.peer.learn.gradient import Gradient, rollout_gradient
+from hivegrpo.peer.learn.gradient import Gradient, rollout_gradient, rollout_logps
 from hivegrpo.peer.learn.policy import Layout, Policy, choose_device
 from hivegrpo.peer.learn.rollout import Rollout
 from hivegrpo.peer.rewards.pool import RewardPool
@@ -43,6 +43,16 @@ class LearnedContribution:
     """rollout and gradient."""
     note: str = ""
     """Why there was nothing to learn, in a line; empty if there was."""
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What was sampled before the version is there whose gradient it is for."""
+
+    lease: int
+    sampled: Sampled
+    rollout: Rollout | None
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,7 @@ class Learner:
         self.collector = Collector(config, peer, encoder, prompts, self.pool)
         self.version = 0
         self._kept: dict[int, Kept] = {}
+        self._ahead: Ahead | None = None
 
     @classmethod
     def open(
@@ -111,26 +122,41 @@ class Learner:
         """Take over the parameters of the KL reference; None is version 0, the base."""
         self.policy.load_reference(vector)
 
+    def sample(self, lease: int, start: int, count: int, wanted: int, cancelled: threading.Event) -> None:
+        """The first half of `contribute`, under the parameters that are loaded now; `contribute` goes on from it.
+
+        So the rollout lies behind the gradient by the versions that are loaded in between.
+        """
+        self._ahead = None
+        ahead = self._sample(lease, range(start, start + count), wanted, cancelled)
+        grpo = self.config.grpo
+        if ahead.rollout is not None and grpo.importance_sampling_correction:
+            began, tokens = time.monotonic(), self.peer.micro_batch_tokens
+            # The ratio of the loss is to these, and they cannot be had any more once another version is loaded.
+            old_logps = rollout_logps(self.policy, ahead.rollout, grpo, tokens, cancelled)
+            rollout = replace(ahead.rollout, old_logps=old_logps)
+            ahead = replace(ahead, rollout=rollout, seconds=ahead.seconds + time.monotonic() - began)
+        self._ahead = ahead
+
     def contribute(
         self, lease: int, start: int, count: int, wanted: int, cancelled: threading.Event
     ) -> LearnedContribution:
         """Work on `count` positions of the run's order, from `start`: sample, score, differentiate.
 
         At most `wanted` groups are used; the other positions are there for dynamic sampling. `lease` seeds the
-        sampling. Raises Cancelled soon after the event is set.
+        sampling. What `sample` has left of this lease is used, unless it lies more than max_staleness versions behind.
+        Raises Cancelled soon after the event is set.
         """
-        began = time.monotonic()
         grpo, policy = self.config.grpo, self.policy
-        generator = torch.Generator(policy.device).manual_seed(lease_seed(self.config.run.seed, lease))
-        sampled = self.collector.collect(policy, range(start, start + count), wanted, generator, cancelled)
-        rollout = sampled.rollout(self.version)
-        seconds = {"rollout": time.monotonic() - began}
+        ahead = self._taken_ahead(lease) or self._sample(lease, range(start, start + count), wanted, cancelled)
+        sampled, rollout = ahead.sampled, ahead.rollout
+        seconds, began = {"rollout": ahead.seconds}, time.monotonic()
         if rollout is None or rollout.size.weight(grpo) == 0:
             vector, weight, metrics = torch.zeros(policy.size), 0, sampled.metrics
         else:
             gradient = self._first_gradient(lease, sampled.used, rollout, cancelled)
             vector, weight, metrics = gradient.vector.float(), gradient.weight, sampled.metrics | gradient.metrics
-            seconds["gradient"] = time.monotonic() - began - seconds["rollout"]
+            seconds["gradient"] = time.monotonic() - began
         used = sampled.used if weight else ()
         return LearnedContribution(
             vector=vector,
@@ -143,6 +169,20 @@ class Learner:
             seconds=seconds,
             note=sampled.why_nothing(rollout),
         )
+
+    def _sample(self, lease: int, positions: range, wanted: int, cancelled: threading.Event) -> Ahead:
+        began = time.monotonic()
+        generator = torch.Generator(self.policy.device).manual_seed(lease_seed(self.config.run.seed, lease))
+        sampled = self.collector.collect(self.policy, positions, wanted, generator, cancelled)
+        return Ahead(lease, sampled, sampled.rollout(self.version), time.monotonic() - began)
+
+    def _taken_ahead(self, lease: int) -> Ahead | None:
+        """What was sampled ahead for a lease, once."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead.lease != lease:
+            return None
+        stale = ahead.rollout is not None and self.version - ahead.rollout.version > self.config.grpo.max_staleness
+        return None if stale else ahead
 
     def contribute_again(self, lease: int, iteration: int, cancelled: threading.Event) -> LearnedContribution | None:
         """Another gradient of the lease's rollout, at the parameters that are loaded now (num_iterations).

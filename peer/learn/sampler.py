@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hivegrpo.peer.learn.cancel import check
+from hivegrpo.protocol.errors import NumericsError
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def sample(
 ) -> list[Completion]:
     """`copies` completions of each prompt, side by side in one batch; those of prompt i are i * copies and on.
 
-    model: a causal language model of transformers; generator: on the model's device. Raises Cancelled between tokens.
+    model: a causal language model of transformers; generator: on the model's device. Raises Cancelled between tokens,
+    and NumericsError if a token was drawn, greedily too, from logits that are not finite.
     """
     from hivegrpo.peer.learn.cache import make_cache  # here: it imports transformers
 
@@ -93,6 +95,10 @@ def sample(
         position = position + 1
         logits = _forward(model, taken.unsqueeze(1), mask if padded else None, position, cache)
     drawn = torch.arange(tokens.shape[1], device=device) < lengths.unsqueeze(1)
+    if not logps[drawn].isfinite().all():  # looked at once: for each token it would wait for the device
+        raise NumericsError(
+            "The policy's logits are not finite.", "It has diverged, or this device computes wrong numbers."
+        )
     counts = lengths.tolist()
     return [
         Completion(row_tokens[:count], row_logps, row_entropies, ended)
@@ -139,8 +145,8 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tupl
         taken = logps.argmax(dim=-1, keepdim=True)
     else:
         narrowed = narrow(probabilities, sampling.top_p, sampling.top_k)
-        # As torch.multinomial draws one, without its checks, which wait for the device and end the process on a NaN:
-        # what a policy that has diverged gives is found by whoever takes the gradient.
+        # As torch.multinomial draws one, without its checks, which wait for the device and end the process on a NaN.
+        # From NaNs it draws some token, whose log-probability is NaN: `sample` looks at that.
         races = torch.empty_like(narrowed).exponential_(generator=generator)
         taken = (narrowed / races).argmax(dim=-1, keepdim=True)
     entropies = torch.special.entr(probabilities).sum(dim=-1)

@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
@@ -67,6 +68,10 @@ class Exchange:
         self.began = time.perf_counter()
         self.seconds = 0.0
         """From the plan until all spans are here."""
+        self.span_seconds = [0.0] * len(plan.message.reducers)
+        """That each span took to come from its reducer; 0 for the own, and from others."""
+        self.dots: list[float] = []
+        """Of the own span, as `SpanReducer.dots` has them; filled before `collect` returns."""
         self.bytes_sent = 0
         self.bytes_received = 0
         self._on_bad_push = on_bad_push
@@ -75,6 +80,8 @@ class Exchange:
         self._directory = directory
         self._worker = worker
         self._changed = asyncio.Condition()
+        self._asked: dict[int, Stream] = {}
+        """Streams on which a span was asked for before it is there: two round trips that nobody waits for."""
         directory.learn(plan.message.reducers)
         mine = [index for index, reducer in enumerate(plan.message.reducers) if reducer.peer == identity.peer_id]
         self.reducer = SpanReducer(plan, mine[0]) if mine else None
@@ -106,6 +113,11 @@ class Exchange:
         self.seconds = time.perf_counter() - self.began
         return [self.spans[index] for index in range(len(self.spans))]
 
+    async def hang_up(self) -> None:
+        """Close what was opened and not used; what is here is served on."""
+        while self._asked:
+            await self._asked.popitem()[1].close()
+
     async def serve_push(self, stream: Stream, signed: pb.Signed) -> None:
         """Take a sender's chunks."""
         header = open_signed(signed, self._run_id, pb.PushHeader, signer=stream.remote)
@@ -114,18 +126,25 @@ class Exchange:
         try:
             async with asyncio.timeout(self.plan.message.exchange_seconds):
                 await self.reducer.receive(stream, header)
-        except RefusedPush as error:
+        except TimeoutError:
+            reason = f"the push did not end within {self.plan.message.exchange_seconds:g} s"
+            self.reducer.refuse(stream.remote, reason)
+            raise StaleError(reason) from None
+        except WireError as error:
+            self.reducer.refuse(stream.remote, error.message)
+            if not isinstance(error, RefusedPush):
+                raise
             if self._on_bad_push is not None:
                 self._on_bad_push(Sent(header, error.chunks))
             raise CommitmentError(error.message) from None
-        except TimeoutError:
-            raise StaleError(f"the push did not end within {self.plan.message.exchange_seconds:g} s") from None
         self.pulls.keep_header(signed)
         await stream.send(pb.Ack(accepted=True).SerializeToString())
         self._count(stream)
 
     async def serve_span(self, stream: Stream, index: int) -> None:
-        """Send a span with its receipt, once it is here."""
+        """Send a span with its receipt: the own one once it is reduced, another's only if it is here already."""
+        if index not in self.spans and (self.reducer is None or index != self.reducer.span):
+            raise StaleError(f"span {index} is not here")  # two who wait for each other would not ask who has it
         try:
             async with asyncio.timeout(self.plan.message.step_seconds), self._changed:
                 await self._changed.wait_for(lambda: index in self.spans)
@@ -146,6 +165,8 @@ class Exchange:
             return
         signed = sign(self._identity, self._run_id, header)
         await self._retry(lambda: self._push_once(index, signed, chunks), self.plan.message.exchange_seconds)
+        with suppress(WireError):  # it is asked for again after the seal
+            self._asked[index] = await self._ask(self.plan.message.reducers[index].peer, index)
 
     async def _push_once(self, index: int, header: pb.Signed, chunks: list[bytes]) -> None:
         async with await self._directory.open_stream(self.plan.message.reducers[index].peer, PUSH) as stream:
@@ -159,12 +180,14 @@ class Exchange:
 
     async def _obtain(self, index: int, seal: Opened[pb.Seal]) -> None:
         if self.reducer is not None and index == self.reducer.span:
-            await self._keep(index, await self._reduce(self.reducer, seal))
+            span = await self._reduce(self.reducer, seal)
+            await self._keep(index, span)
+            loop = asyncio.get_running_loop()
+            self.dots = await loop.run_in_executor(self._worker, self.reducer.dots, seal.message, span.data)
             return
         layout = SpanLayout.of(self.plan.message, index)
         first = self.plan.message.reducers[index].peer
-        others = [peer.peer for peer in self.plan.message.reducers if peer.peer not in (first, self._identity.peer_id)]
-        sources = [first, *others]
+        sources = [first, *self._others(first)]
         attempt = 0
 
         async def fetch() -> None:
@@ -174,6 +197,21 @@ class Exchange:
             await self._keep(index, await self._fetch_span(source, index, layout, seal))
 
         await self._retry(fetch, self.plan.message.step_seconds)
+
+    def _others(self, first: str) -> list[str]:
+        """Who else may have a span, reducers first: all others are connected to these, since they pushed to them.
+
+        Each peer begins at another place, so that not all ask the same one.
+        """
+        plan, me = self.plan.message, self._identity.peer_id
+        reducers = [reducer.peer for reducer in plan.reducers]
+        roster = [contributor.peer for contributor in plan.contributors]
+        turn = roster.index(me) if me in roster else 0
+        others = []
+        for group in (reducers, [peer for peer in roster if peer not in set(reducers)]):
+            start = turn % max(len(group), 1)
+            others += group[start:] + group[:start]
+        return [peer for peer in others if peer not in (first, me)]
 
     async def _reduce(self, reducer: SpanReducer, seal: Opened[pb.Seal]) -> Span:
         if not reducer.has_all(seal.message):
@@ -185,10 +223,20 @@ class Exchange:
         receipt = receipt_of(self.plan.digest, seal.digest, reducer.span, content)
         return Span(sign_payload(self._identity, self._run_id, "SpanReceipt", receipt), content, data)
 
-    async def _fetch_span(self, source: str, index: int, layout: SpanLayout, seal: Opened[pb.Seal]) -> Span:
-        async with await self._directory.open_stream(source, SPAN) as stream:
+    async def _ask(self, source: str, index: int) -> Stream:
+        stream = await self._directory.open_stream(source, SPAN)
+        try:
             await stream.send(pb.SpanRequest(plan=self.plan.digest, span=index).SerializeToString())
-            signed = parse(pb.Signed, await stream.receive(MAX_RECEIPT_BYTES, self.plan.message.step_seconds))
+        except BaseException:
+            await stream.close()
+            raise
+        return stream
+
+    async def _fetch_span(self, source: str, index: int, layout: SpanLayout, seal: Opened[pb.Seal]) -> Span:
+        patience = self.plan.message.step_seconds / 2  # then there is time to ask others
+        asked = self._asked.pop(index, None) if source == self.plan.message.reducers[index].peer else None
+        async with asked or await self._ask(source, index) as stream:
+            signed = parse(pb.Signed, await stream.receive(MAX_RECEIPT_BYTES, patience))
             receipt = open_signed(signed, self._run_id, pb.SpanReceipt, self.plan.message.reducers[index].peer).message
             if (receipt.plan, receipt.seal, receipt.span) != (self.plan.digest, seal.digest, index):
                 raise StaleError("the receipt is for another plan, seal or span")
@@ -199,7 +247,10 @@ class Exchange:
             ref = BlobRef(receipt.content.root, layout.size)
             if receipt.content.size != layout.size:
                 raise CommitmentError(f"a span of {receipt.content.size} bytes where the plan says {layout.size}")
-            pieces = [await stream.receive(ref.piece_size(piece)) for piece in range(ref.pieces)]
+            began = time.perf_counter()
+            pieces = [await stream.receive(ref.piece_size(piece), patience) for piece in range(ref.pieces)]
+            if source == self.plan.message.reducers[index].peer:
+                self.span_seconds[index] = time.perf_counter() - began
             self._count(stream)
         data = b"".join(pieces)
         if len(data) != ref.size or blob_root(data) != ref.root:

@@ -1,6 +1,7 @@
 """One reducer's span: take in every sender's chunks, check them, and reduce those that the seal names."""
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,8 +9,10 @@ from torch import Tensor
 
 from hivegrpo.peer.swarm.codecs.base import Codec
 from hivegrpo.peer.swarm.codecs.registry import get_codec
+from hivegrpo.peer.swarm.evidence import span_dots
 from hivegrpo.peer.swarm.rules.registry import get_rule
 from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.checks import MAX_REFUSED_REASON
 from hivegrpo.protocol.chunks import chunk_count, chunk_values
 from hivegrpo.protocol.coefficients import norm_bytes
 from hivegrpo.protocol.envelope import Opened
@@ -67,6 +70,8 @@ class SpanReducer:
         self._chunks: dict[str, list[bytes]] = {}
         self._norms: dict[str, int] = {}
         self._receiving: set[str] = set()
+        self._seconds: dict[str, float] = {}
+        self._refused: dict[str, str] = {}
         self.all_complete = asyncio.Event()
 
     async def receive(self, stream: Stream, header: Opened[pb.PushHeader]) -> None:
@@ -79,8 +84,10 @@ class SpanReducer:
         if sender in self._chunks:
             return
         self._receiving.add(sender)
+        began = time.perf_counter()
         try:
             chunks = [await self._frame(stream, size) for size in self.layout.sizes]
+            self._seconds[sender] = time.perf_counter() - began
             await self.take(sender, chunks, header.message)
         except CommitmentError as error:
             raise RefusedPush(error.message, chunks) from None
@@ -102,9 +109,26 @@ class SpanReducer:
             self.all_complete.set()
 
     def report(self) -> pb.SenderReport:
-        """Who is complete, with the exact squared norm of each one's span."""
-        complete = [pb.Complete(peer=peer, norm_squared=norm_bytes(self._norms[peer])) for peer in sorted(self._chunks)]
-        return pb.SenderReport(plan=self.plan.digest, complete=complete)
+        """Who is complete, with the exact squared norm of each one's span and the time it took, and who was refused."""
+        complete = [
+            pb.Complete(peer=peer, norm_squared=norm_bytes(self._norms[peer]), seconds=self._seconds.get(peer, 0.0))
+            for peer in sorted(self._chunks)
+        ]
+        refused = [
+            pb.Refused(peer=peer, reason=reason)
+            for peer, reason in sorted(self._refused.items())
+            if peer not in self._chunks
+        ]
+        return pb.SenderReport(plan=self.plan.digest, complete=complete, refused=refused)
+
+    def refuse(self, sender: str, reason: str) -> None:
+        """Note why a push was cut off: the last reason counts. Senders outside the roster have no place in a report."""
+        if sender in self._roots:
+            self._refused[sender] = reason[:MAX_REFUSED_REASON]
+
+    def dots(self, seal: pb.Seal, result: bytes) -> list[float]:
+        """See `span_dots`; of the sealed senders' chunks and the reduced span."""
+        return span_dots(self.plan.message.codec, self.layout.values, seal, self._chunks, result)
 
     def chunks_of(self, sender: str) -> list[bytes] | None:
         """A sender's chunks, if they are all here."""

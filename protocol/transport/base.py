@@ -77,6 +77,13 @@ class Transport(ABC):
         """Dial the node that `addresses` (all of one peer id) name; its peer id. UnreachableError if none answers."""
 
     @abstractmethod
+    async def probe(self, addresses: list[str], timeout: float = 3.0) -> bool:
+        """Whether a node answers at one of these addresses (all of one peer id) to somebody without a connection to it.
+
+        No credentials: it says that a node is there, not which.
+        """
+
+    @abstractmethod
     async def call(self, peer_id: str, name: str, request: bytes, timeout: float = 10.0) -> bytes:
         """Unary call to a connected or dialled peer. RemoteError when it fails or does not answer in time."""
 

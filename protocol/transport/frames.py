@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from hivegrpo.protocol.errors import FrameError, RemoteError
 from hivegrpo.protocol.transport.base import MAX_FRAME_BYTES, Stream
+from hivegrpo.protocol.transport.rate import SLICE_BYTES, UploadCap
 
 PREFIX_BYTES = 4
 CLOSE_SECONDS = 5.0
@@ -32,6 +33,12 @@ class FramedStream(Stream):
         self._on_end: Callable[[FramedStream], None] = on_end
         self._announced: int | None = None
         self._open = True
+        self._cap: UploadCap | None = None
+        self._urgent = False
+
+    def pace(self, cap: UploadCap | None, urgent: bool) -> None:
+        """From now on send no faster than `cap` admits; what is urgent goes before what is not."""
+        self._cap, self._urgent = cap, urgent
 
     @property
     def usable(self) -> bool:
@@ -46,10 +53,14 @@ class FramedStream(Stream):
         if not self._open:
             raise RemoteError(f"the stream to {self.remote} is closed")
         try:
-            self._writer.write(size.to_bytes(PREFIX_BYTES, "big"))
-            self._writer.write(body)
-            async with asyncio.timeout(timeout):
-                await self._writer.drain()
+            # In one piece: written apart, the prefix would be a packet of its own all the way.
+            whole = b"".join((size.to_bytes(PREFIX_BYTES, "big"), body))
+            if self._cap is None:
+                self._writer.write(whole)
+                async with asyncio.timeout(timeout):
+                    await self._writer.drain()
+            else:
+                await self._send_in_slices(self._cap, whole, timeout)
         except TimeoutError:
             self.abort()
             raise RemoteError(f"{self.remote} did not take a frame within {timeout:g} s") from None
@@ -57,6 +68,26 @@ class FramedStream(Stream):
             self.abort()
             raise RemoteError(f"the stream to {self.remote} broke: {error}") from None
         self.bytes_sent += PREFIX_BYTES + size
+
+    async def _send_in_slices(self, cap: UploadCap, data: bytes, timeout: float) -> None:
+        """`timeout` counts what the receiver takes, not the waits for the cap. Cancelled within a frame, it aborts."""
+        clock, sent = asyncio.get_running_loop().time, 0
+        try:
+            while sent < len(data):
+                part = data[sent : sent + SLICE_BYTES]
+                await cap.admit(len(part), self._urgent)
+                if not self._open:
+                    raise ConnectionAbortedError("closed on this side")
+                self._writer.write(part)
+                sent += len(part)
+                began = clock()
+                async with asyncio.timeout(timeout):
+                    await self._writer.drain()
+                timeout -= clock() - began
+        except asyncio.CancelledError:
+            if 0 < sent < len(data):
+                self.abort()
+            raise
 
     async def receive(self, limit: int, timeout: float = 30.0) -> bytes:
         """See `Stream.receive`. After a timeout, or when cancelled, the stream can be read on."""

@@ -20,6 +20,7 @@ from itertools import combinations
 from hivegrpo.protocol.errors import ConfigError, FrameError, RemoteError, UnreachableError
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.transport.frames import FramedStream
+from hivegrpo.protocol.transport.rate import UploadCap
 from hivegrpo.protocol.transport.serving import MAX_HINT_BYTES, ServingTransport
 
 STREAM_BUFFER = 64 << 10
@@ -39,12 +40,12 @@ class MemoryNetwork:
         self._pipes: dict[frozenset[str], set[_Pipe]] = defaultdict(set)
         self._hints: dict[str, dict[str, tuple[bytes, float]]] = defaultdict(dict)
 
-    def join(self, node: Identity | str) -> MemoryTransport:
+    def join(self, node: Identity | str, upload: UploadCap | None = None) -> MemoryTransport:
         """A new node; one that crashed or closed may join again under its old peer id, and keeps its address."""
         peer_id = node.peer_id if isinstance(node, Identity) else node
         assert peer_id not in self._nodes, f"{peer_id} is in the network already"
         self._ports.setdefault(peer_id, 1 + len(self._ports))
-        self._nodes[peer_id] = MemoryTransport(self, peer_id)
+        self._nodes[peer_id] = MemoryTransport(self, peer_id, upload)
         return self._nodes[peer_id]
 
     def cut(self, one: str, other: str) -> None:
@@ -105,8 +106,10 @@ class MemoryNetwork:
 class MemoryTransport(ServingTransport):
     """A node of a `MemoryNetwork`. As over libp2p, two nodes can talk once either has connected to the other."""
 
-    def __init__(self, network: MemoryNetwork, peer_id: str) -> None:
-        super().__init__(peer_id)
+    def __init__(self, network: MemoryNetwork, peer_id: str, upload: UploadCap | None = None) -> None:
+        super().__init__(peer_id, upload)
+        self.dialable = True
+        """If False, as behind a NAT: only nodes that this one has dialled can reach it."""
         self._network = network
         self._known: set[str] = set()
 
@@ -120,13 +123,19 @@ class MemoryTransport(ServingTransport):
         peer_id = peers.pop()
         await asyncio.sleep(self._network.latency)
         node = self._network.reach(self.peer_id, peer_id)
-        if self.closed or node is None or node is self:
+        hidden = node is not None and not node.dialable and peer_id not in self._known
+        if self.closed or node is None or node is self or hidden:
             raise UnreachableError(
                 f"Nobody answers at {', '.join(addresses)}.", "Check that the node is in the network."
             )
         self._known.add(peer_id)
         node._known.add(self.peer_id)
         return peer_id
+
+    async def probe(self, addresses: list[str], timeout: float = 3.0) -> bool:
+        await asyncio.sleep(self._network.latency)
+        nodes = (self._network.reach(self.peer_id, address.rpartition("/p2p/")[2]) for address in addresses)
+        return any(node is not None and node.dialable for node in nodes)
 
     async def announce(self, key: str, value: bytes, ttl: float) -> None:
         if len(value) > MAX_HINT_BYTES:

@@ -27,7 +27,9 @@ from hivegrpo.protocol.address import parse_address
 from hivegrpo.protocol.errors import ConfigError, FrameError, RemoteError, SignatureError, UnreachableError
 from hivegrpo.protocol.identity import PEER_ID_CHARS, Identity, public_key_of
 from hivegrpo.protocol.transport.daemon import Daemon
+from hivegrpo.protocol.transport.dialling import greets
 from hivegrpo.protocol.transport.frames import FramedStream
+from hivegrpo.protocol.transport.rate import UploadCap
 from hivegrpo.protocol.transport.serving import MAX_HINT_BYTES, PROTOCOL, ServingTransport, printable
 
 DHT_SECONDS = 5.0
@@ -51,9 +53,9 @@ class P2PTransport(ServingTransport):
     lost: asyncio.Event
     """Set when p2pd ended by itself: every operation fails from then on."""
 
-    def __init__(self, daemon: Daemon, p2p: "_P2P", addresses: list[str]) -> None:
+    def __init__(self, daemon: Daemon, p2p: "_P2P", addresses: list[str], upload: UploadCap | None = None) -> None:
         """Use `create`."""
-        super().__init__(p2p.peer_id.to_base58())
+        super().__init__(p2p.peer_id.to_base58(), upload)
         self.lost = asyncio.Event()
         self._daemon = daemon
         self._p2p = p2p
@@ -70,6 +72,7 @@ class P2PTransport(ServingTransport):
         port: int = 0,
         initial_peers: Sequence[str] = (),
         dht: bool = True,
+        upload: UploadCap | None = None,
     ) -> Self:
         """Listen on host:port (0: a free one); with `dht`, join the DHT through `initial_peers` if any of them answers.
 
@@ -79,7 +82,7 @@ class P2PTransport(ServingTransport):
         daemon = await Daemon.start(identity, host, port, routing=dht)
         try:
             p2p = await _P2P.replicate(Multiaddr(f"/unix{daemon.control}"))
-            self = cls(daemon, p2p, [str(address) for address in await p2p.get_visible_maddrs()])
+            self = cls(daemon, p2p, [str(address) for address in await p2p.get_visible_maddrs()], upload)
         except BaseException:
             await daemon.stop()
             raise
@@ -123,6 +126,9 @@ class P2PTransport(ServingTransport):
         except RemoteError as error:
             raise _unreachable(where, error.message) from None
         return peer_id
+
+    async def probe(self, addresses: list[str], timeout: float = 3.0) -> bool:
+        return any(await asyncio.gather(*(greets(address, timeout) for address in addresses)))
 
     async def announce(self, key: str, value: bytes, ttl: float) -> None:
         if len(value) > MAX_HINT_BYTES:

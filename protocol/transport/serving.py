@@ -20,6 +20,7 @@ import structlog
 from hivegrpo.protocol.errors import FrameError, RemoteError, WireError
 from hivegrpo.protocol.transport.base import MAX_CALL_BYTES, CallHandler, Stream, StreamHandler, Transport
 from hivegrpo.protocol.transport.frames import FramedStream
+from hivegrpo.protocol.transport.rate import UploadCap
 
 PROTOCOL = "hivegrpo/1/"
 """Prefix of every stream's libp2p protocol name."""
@@ -41,8 +42,10 @@ log = structlog.get_logger(__name__)
 class ServingTransport(Transport):
     """Everything but the medium: a subclass opens streams, announces protocols, and passes on what comes in."""
 
-    def __init__(self, peer_id: str) -> None:
+    def __init__(self, peer_id: str, upload: UploadCap | None = None) -> None:
+        """`upload`: what all bytes that this node writes on streams go through; calls before the rest."""
         self.peer_id = peer_id
+        self.upload = upload
         self.rejected = {}
         self.closed = False
         self._call_handlers: dict[str, CallHandler] = {}
@@ -125,6 +128,7 @@ class ServingTransport(Transport):
         if peer_id == self.peer_id:
             raise RemoteError("a node does not dial itself")
         stream = await self._open(peer_id, name)
+        stream.pace(self.upload, urgent=name == CALL)
         self._streams.add(stream)
         if self.closed:
             stream.abort()
@@ -139,6 +143,7 @@ class ServingTransport(Transport):
             self._reject(RemoteError(f"has {most} streams {name!r} open already"), stream.remote)
             return
         self._served[key] += 1
+        stream.pace(self.upload, urgent=name == CALL)
         self._streams.add(stream)
         self._spawn(self._serve(stream, handler, key))
 

@@ -204,6 +204,7 @@ class Machine:
         held = self.state.round.contributions.values()
         places: list[int] = [position for run in self.state.positions.returned for position in run]
         places += [p for lease in self.state.leases.values() for p in run_of(lease.message)]
+        places += [p for lease in self.state.ahead.values() for p in run_of(lease.message)]
         places += [item.lease.start + offset for item in held for offset in item.message.used]
         return sorted(places)
 

@@ -10,6 +10,7 @@ import torch
 
 from hivegrpo.peer.learn.evaluation import Evaluation
 from hivegrpo.peer.learn.learner import LearnedContribution
+from hivegrpo.peer.learn.policy import Layout
 from hivegrpo.peer.numerics import check_numerics
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.config import RunConfig
@@ -44,9 +45,12 @@ def small_config(**sections: dict[str, Any]) -> RunConfig:
     return RunConfig.model_validate(tables)
 
 
-def signed_run(coordinator: Identity, config: RunConfig, values: int = 40_000, rows: int = 100) -> pb.Signed:
-    """A run manifest over a vector of at least `values`, of which half are LoRA's A and half its B."""
+def signed_run(
+    coordinator: Identity, config: RunConfig, values: int = 40_000, rows: int = 100, layout: Layout | None = None
+) -> pb.Signed:
+    """A run manifest over a vector of at least `values`, of which half are LoRA's A and half its B; or of a layout."""
     rank = -(-values // (2 * WIDTH))
+    layout = layout or [("layer.lora_A.weight", (rank, WIDTH)), ("layer.lora_B.weight", (WIDTH, rank))]
     manifest = pb.RunManifest(
         protocol=PROTOCOL,
         coordinator=coordinator.peer_id,
@@ -54,10 +58,7 @@ def signed_run(coordinator: Identity, config: RunConfig, values: int = 40_000, r
         nonce=NONCE,
         digests={"known_answer": bytes.fromhex(check_numerics())},
         rows=rows,
-        layout=[
-            pb.Tensor(name="layer.lora_A.weight", shape=[rank, WIDTH]),
-            pb.Tensor(name="layer.lora_B.weight", shape=[WIDTH, rank]),
-        ],
+        layout=[pb.Tensor(name=name, shape=shape) for name, shape in layout],
         rewards={"exact_match": 1},
     )
     payload = manifest.SerializeToString(deterministic=True)
@@ -111,6 +112,9 @@ class IntegerLearner:
         self.before = before
         self.split = split
         self.loaded = torch.zeros(0)
+        self.during_sample: Callable[[int], None] | None = None
+        self.sampled: list[tuple[int, int, torch.Tensor]] = []
+        """What was sampled ahead: the lease, and the version and parameters that were loaded."""
         self.references: list[torch.Tensor | None] = []
         """All that were loaded, in turn; it begins with the base."""
         self.used: list[tuple[int, torch.Tensor | None]] = []
@@ -123,6 +127,11 @@ class IntegerLearner:
 
     def load_reference(self, vector: torch.Tensor | None) -> None:
         self.references.append(None if vector is None else vector.clone())
+
+    def sample(self, lease: int, start: int, count: int, wanted: int, cancelled: threading.Event) -> None:
+        if self.during_sample is not None:
+            self.during_sample(lease)
+        self.sampled.append((lease, self.version, self.loaded))
 
     def contribute(
         self, lease: int, start: int, count: int, wanted: int, cancelled: threading.Event

@@ -58,6 +58,8 @@ class Swarm:
     identities: dict[str, Identity] = field(default_factory=dict)
     judge_proof: JudgeProof | None = None
     service: Coordinator | None = None
+    events: list[Event] = field(default_factory=list)
+    """The coordinator's, once they are on disk."""
     _version: int = -1
     _news: asyncio.Condition = field(default_factory=asyncio.Condition)
 
@@ -77,10 +79,16 @@ class Swarm:
         async with self._news:
             await self._news.wait_for(lambda: self._version >= version)
 
+    async def happened(self, wanted: Callable[[Event], bool]) -> None:
+        """Wait until the coordinator has seen such an event."""
+        async with self._news:
+            await self._news.wait_for(lambda: any(map(wanted, self.events)))
+
     def _on_event(self, event: Event, state: State) -> None:
+        self.events.append(event)
         if isinstance(event, VersionCommitted):
             self._version = state.version
-            self._telling = asyncio.create_task(self._tell())
+        self._telling = asyncio.create_task(self._tell())
 
     async def _tell(self) -> None:
         async with self._news:

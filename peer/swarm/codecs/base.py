@@ -41,11 +41,15 @@ class Codec(ABC):
         The unit is the square of the smallest subnormal fp32, so every square is an integer.
         """
 
-    def _bytes(self, data: bytes | memoryview, values: int) -> Tensor:
-        """The chunk's bytes as a fresh uint8 tensor, after checking their number."""
+    def check_size(self, data: bytes | memoryview, values: int) -> None:
+        """CommitmentError unless `data` has the length of a chunk of `values` values."""
         size = self.encoded_size(values)
         if len(data) != size:
             raise CommitmentError(f"a chunk of {values} values in {self.name} has {size} bytes, not {len(data)}")
+
+    def _bytes(self, data: bytes | memoryview, values: int) -> Tensor:
+        """The chunk's bytes as a fresh uint8 tensor, after checking their number."""
+        self.check_size(data, values)
         return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 

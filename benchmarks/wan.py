@@ -1,0 +1,154 @@
+"""Rounds over a wide-area network: eight peers on 20 Mbit/s uplinks, 50 ms apart. See README.md beside this.
+
+Exits with 0 if a round takes at most 1.25 times what the uplinks alone need for it, with 1 if not, and with 77 where
+it cannot run: it needs root, for network namespaces.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from links import Link, LinkError, Links
+from processes import Crew, WorkerError
+
+BAR = 1.25
+WARM_UP = 1
+"""Rounds before those that count: connections are made."""
+
+START_SECONDS = 90.0
+ROUND_SECONDS = 60.0
+"""For one round at most; the run ends after as many of these as it has rounds."""
+
+CANNOT = 77
+BITS = 8.25
+"""Of a value in mxint8."""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What is measured."""
+
+    values: int
+    peers: int
+    rounds: int
+    up_mbit: float
+    down_mbit: float
+    delay: float
+    """Seconds from one node to another."""
+
+    @property
+    def contribution(self) -> float:
+        """Encoded bytes of one vector."""
+        return self.values * BITS / 8
+
+    @property
+    def ideal(self) -> float:
+        """Seconds that the uplinks need at least: each peer sends its chunks to the others, then its span."""
+        return 2 * (self.peers - 1) / self.peers * self.contribution / (self.up_mbit * 1e6 / 8)
+
+
+def measure(size: Size, folder: Path) -> list[list[dict[str, Any]]]:
+    """Figures of each peer, for each round that counts."""
+    links = [Link(size.up_mbit, size.down_mbit)] * size.peers + [Link(0.0, 0.0)]
+    versions = WARM_UP + size.rounds
+    with Links(links) as network, Crew(folder) as crew:
+        crew.start("switch.py", "switch", len(links), size.delay, within=network.hub).hear("switching", START_SECONDS)
+        tables = json.dumps({"averaging": {"audit_rate": 0.0}, "timing": {"exchange": 60.0}})
+        coordinator = crew.start(
+            "swarm_coordinator.py",
+            "coordinator",
+            folder / "coordinator",
+            *(size.peers, size.values, versions, network.host(size.peers), tables),
+            within=network.within(size.peers),
+        )
+        workers = [
+            crew.start(
+                "swarm_peer.py",
+                f"peer-{rank}",
+                folder / f"peer-{rank}",
+                *(rank, size.peers, size.values, network.host(rank), 0),
+                within=network.within(rank),
+            )
+            for rank in range(size.peers)
+        ]
+        for worker in workers:
+            worker.hear("loaded", START_SECONDS)
+        address = coordinator.hear("serving", START_SECONDS)["address"]
+        for worker in workers:
+            worker.tell("join", address=address)
+        end = time.monotonic() + START_SECONDS + versions * ROUND_SECONDS
+        answers = [worker.hear("finished", max(1.0, end - time.monotonic()))["rounds"] for worker in workers]
+    return [[_of_version(rounds, version) for rounds in answers] for version in range(WARM_UP + 1, versions + 1)]
+
+
+def _of_version(rounds: list[dict[str, Any]], version: int) -> dict[str, Any]:
+    """One peer's figures of a version, with the bytes since the version before."""
+    by_version = {figures["version"]: figures for figures in rounds}
+    if version not in by_version or version - 1 not in by_version or not by_version[version]["averaged"]:
+        raise WorkerError(f"a peer did not average version {version}")
+    before, figures = by_version[version - 1], dict(by_version[version])
+    figures["interface"] = [now - then for now, then in zip(figures["interface"], before["interface"], strict=True)]
+    return figures
+
+
+def show(size: Size, rounds: list[list[dict[str, Any]]]) -> bool:
+    """Print the figures and the verdict; whether the bar is met."""
+    least = 2 * (size.peers - 1) / size.peers * size.contribution
+    print("round   seconds  / ideal  exchange  / ideal  sent, MB  / least  received, MB")
+    for number, peers in enumerate(rounds, start=1):
+        whole, exchange = (max(peer[name] for peer in peers) for name in ("round", "exchange"))
+        sent, received = (max(peer["interface"][way] for peer in peers) for way in (0, 1))
+        print(
+            f"{number:5}{whole:10.2f}{whole / size.ideal:9.3f}{exchange:10.2f}{exchange / size.ideal:9.3f}"
+            f"{sent / 1e6:10.2f}{sent / least:9.3f}{received / 1e6:14.2f}"
+        )
+    ratio = median(max(peer["round"] for peer in peers) for peers in rounds) / size.ideal
+    print(f"\nmedian round over ideal: {ratio:.3f}; the bar is {BAR}: {'met' if ratio <= BAR else 'NOT met'}")
+    return ratio <= BAR
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--values", type=int, default=9_100_000, help="length of the averaged vector")
+    parser.add_argument("--peers", type=int, default=8, help="peers that average, beside a coordinator")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds that count")
+    parser.add_argument("--up", type=float, default=20.0, help="Mbit/s of each peer's uplink")
+    parser.add_argument("--down", type=float, default=100.0, help="Mbit/s of each peer's downlink")
+    parser.add_argument("--delay", type=float, default=0.05, help="seconds from one node to another")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw figures there")
+    arguments = parser.parse_args()
+    size = Size(arguments.values, arguments.peers, arguments.rounds, arguments.up, arguments.down, arguments.delay)
+    if size.values < 2 or size.peers < 2 or size.rounds < 1:
+        parser.error("--values and --peers must be at least 2, --rounds at least 1")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    print(f"{size.peers} peers, {size.contribution / 1e6:.2f} MB each; {size.up_mbit:g} Mbit/s up,", end=" ")
+    print(f"{size.down_mbit:g} down, {size.delay * 1e3:g} ms one way; ideal {size.ideal:.2f} s;", end=" ")
+    print(f"load {os.getloadavg()[0]:.2f}", flush=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix="bench-") as name:
+            rounds = measure(size, Path(name))
+    except LinkError as error:
+        print(f"cannot run here: {error}", file=sys.stderr)
+        return CANNOT
+    except WorkerError as error:
+        print(f"the benchmark failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    met = show(size, rounds)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({"size": asdict(size), "rounds": rounds, "bar": BAR, "met": met}) + "\n")
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

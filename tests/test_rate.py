@@ -1,0 +1,247 @@
+"""The upload cap: what leaves a node in any window of time."""
+
+import asyncio
+import time
+from itertools import accumulate
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.beds import MIB, PATIENCE, echo_call
+
+from hivegrpo.protocol.errors import RemoteError
+from hivegrpo.protocol.identity import Identity
+from hivegrpo.protocol.transport.base import Stream, Transport
+from hivegrpo.protocol.transport.memory import MemoryNetwork
+from hivegrpo.protocol.transport.rate import BURST_BYTES, SLICE_BYTES, TokenBucket, UploadCap
+
+
+class Clock:
+    """Goes on when somebody sleeps; sleepers oversleep by up to what `late` says, in turn."""
+
+    def __init__(self, late: list[float] | None = None) -> None:
+        self.now = 50.0
+        self.late = late or [0.0]
+        self.slept = 0
+
+    def __call__(self) -> float:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        until = self.now + seconds + self.late[self.slept % len(self.late)]
+        self.slept += 1
+        await asyncio.sleep(0)
+        self.now = max(self.now, until)
+
+
+def held(sends: list[tuple[float, int]], rate: float, burst: int) -> bool:
+    """Whether no window, from any send to any later one, has more than rate x window + burst (and float rounding)."""
+    totals = [0, *accumulate(size for _, size in sends)]
+    return all(
+        totals[last + 1] - totals[first] <= rate * (sends[last][0] - sends[first][0]) + burst + 1e-3
+        for first in range(len(sends))
+        for last in range(first, len(sends))
+    )
+
+
+@given(
+    st.floats(1e3, 1e5),
+    st.lists(st.tuples(st.floats(0.0, 3.0), st.integers(1, 1000)), min_size=1, max_size=60),
+)
+def test_a_bucket_holds_in_every_window(rate: float, requests: list[tuple[float, int]]) -> None:
+    clock = Clock()
+    bucket = TokenBucket(rate, 1000, clock)
+    sends = []
+    for pause, size in requests:
+        clock.now += pause
+        if (seconds := bucket.take(size)) > 0.0:
+            clock.now += seconds * 0.5
+            assert bucket.take(size) > 0.0, "it said when it can work"
+            clock.now += seconds * 0.5 + 1e-6
+            assert bucket.take(size) == 0.0
+        sends.append((clock.now, size))
+    assert held(sends, rate, 1000)
+
+
+@given(st.lists(st.floats(0.0, 0.2), min_size=1, max_size=8), st.integers(1, 5), st.integers(0, 5))
+def test_a_cap_holds_for_several_streams_whose_timers_are_late(late: list[float], bulk: int, urgent: int) -> None:
+    async def scenario() -> list[tuple[float, int]]:
+        clock = Clock(late)
+        cap = UploadCap(8.0, clock, clock.sleep)
+        sends: list[tuple[float, int]] = []
+
+        async def stream(urgent: bool) -> None:
+            for size in (SLICE_BYTES, 100, SLICE_BYTES, SLICE_BYTES, 5000):
+                await cap.admit(size, urgent)
+                sends.append((clock.now, size))
+
+        await asyncio.gather(
+            *(stream(urgent=False) for _ in range(bulk)), *(stream(urgent=True) for _ in range(urgent))
+        )
+        return sends
+
+    sends = asyncio.run(scenario())
+    assert len(sends) == 5 * (bulk + urgent)
+    assert held(sends, 1e6, BURST_BYTES)
+
+
+def test_urgent_frames_pass_bulk_and_bulk_goes_on() -> None:
+    async def scenario() -> None:
+        clock = Clock()
+        cap = UploadCap(1.0, clock, clock.sleep)
+        order: list[str] = []
+
+        async def send(kind: str, times: int) -> None:
+            for _ in range(times):
+                await cap.admit(SLICE_BYTES, kind == "urgent")
+                order.append(kind)
+
+        await send("bulk", BURST_BYTES // SLICE_BYTES)
+        bulk = [asyncio.create_task(send("bulk", 20)) for _ in range(4)]
+        await asyncio.sleep(0)
+        order.clear()
+        await send("urgent", 4)
+        # Eighty bulk slices were waiting; each urgent one let at most one of them pass.
+        assert order.count("bulk") <= 4
+        order.clear()
+        flood = asyncio.create_task(send("urgent", 1000))
+        await asyncio.wait(bulk)
+        assert order.count("urgent") < 1000, "bulk waited for the end of all that is urgent"
+        flood.cancel()
+        await asyncio.gather(flood, return_exceptions=True)
+
+    asyncio.run(asyncio.wait_for(scenario(), PATIENCE))
+
+
+def test_all_that_a_node_sends_in_memory_goes_through_its_cap() -> None:
+    """Pushes, answers to streams that others opened, and calls: by a clock that only the cap turns."""
+
+    async def scenario() -> None:
+        clock = Clock()
+        network = MemoryNetwork()
+        capped = network.join(Identity.generate(), UploadCap(8.0, clock, clock.sleep))
+        other = network.join(Identity.generate())
+
+        async def sink(stream: Stream) -> None:
+            while True:
+                await stream.receive(MIB)
+
+        async def serve(stream: Stream) -> None:
+            await stream.receive(10)
+            await stream.send(bytes(MIB))
+
+        await other.serve_stream("sink", sink)
+        await other.serve_call("echo", echo_call)
+        await capped.serve_stream("serve", serve)
+        await capped.serve_call("echo", echo_call)
+        await other.connect(capped.addresses())
+        spent = []
+        for work in (
+            lambda: send_to(capped, other.peer_id, "sink", bytes(MIB)),
+            lambda: fetch_from(other, capped.peer_id),
+            lambda: capped.call(other.peer_id, "echo", bytes(MIB // 2)),
+            lambda: other.call(capped.peer_id, "echo", bytes(MIB // 2)),
+        ):
+            before = clock.now
+            await work()
+            spent.append(clock.now - before)
+        await other.close()
+        await capped.close()
+        # A megabyte a second, less what may be saved up as a burst.
+        least = [(size - BURST_BYTES) / 1e6 for size in (MIB, MIB, MIB // 2, MIB // 2)]
+        assert all(seconds >= enough for seconds, enough in zip(spent, least, strict=True)), (spent, least)
+
+    asyncio.run(scenario())
+
+
+async def send_to(node: Transport, peer: str, name: str, frame: bytes) -> None:
+    async with await node.open_stream(peer, name) as stream:
+        await stream.send(frame)
+
+
+async def fetch_from(node: Transport, peer: str) -> None:
+    async with await node.open_stream(peer, "serve") as stream:
+        await stream.send(b"go")
+        assert len(await stream.receive(MIB)) == MIB
+
+
+def test_a_frame_that_is_cancelled_half_way_ends_its_stream() -> None:
+    """Or else the next frame would be read as the rest of this one."""
+
+    async def scenario() -> None:
+        network = MemoryNetwork()
+        capped = network.join(Identity.generate(), UploadCap(1.0))
+        other = network.join(Identity.generate())
+        ended = asyncio.Event()
+
+        async def sink(stream: Stream) -> None:
+            with pytest.raises(RemoteError, match="ended the stream"):
+                await stream.receive(MIB)
+            ended.set()
+
+        await other.serve_stream("sink", sink)
+        await capped.connect(other.addresses())
+        stream = await capped.open_stream(other.peer_id, "sink")
+        sending = asyncio.create_task(stream.send(bytes(MIB)))
+        await asyncio.sleep(0.01)  # the burst has left, and the other 0.9 MiB take seven seconds
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+        await ended.wait()
+        with pytest.raises(RemoteError, match="closed"):
+            await stream.send(b"next")
+        await other.close()
+        await capped.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), PATIENCE))
+
+
+@pytest.mark.slow
+def test_a_cap_holds_over_libp2p() -> None:
+    from hivegrpo.protocol.transport.p2p import P2PTransport
+
+    mbit, rate, seconds = 16.0, 2e6, 1.5
+
+    async def scenario() -> list[tuple[float, int]]:
+        other = await P2PTransport.create(Identity.generate(), dht=False)
+        capped = await P2PTransport.create(Identity.generate(), dht=False, upload=UploadCap(mbit))
+        arrived: list[tuple[float, int]] = []
+
+        async def sink(stream: Stream) -> None:
+            while True:
+                frame = await stream.receive(MIB)
+                arrived.append((time.perf_counter(), 4 + len(frame)))
+
+        async def feed() -> None:
+            async with await capped.open_stream(other.peer_id, "sink") as stream:
+                while True:
+                    await stream.send(bytes(SLICE_BYTES - 4))
+
+        try:
+            await other.serve_stream("sink", sink)
+            await other.serve_call("echo", echo_call)
+            await capped.connect(other.addresses())
+            feeding = [asyncio.create_task(feed()) for _ in range(4)]
+            began = time.perf_counter()
+            arrived.append((began, 0))
+            calls = 0
+            while time.perf_counter() < began + seconds:
+                await capped.call(other.peer_id, "echo", b"urgent", timeout=1.0)  # with four streams always waiting
+                calls += 1
+                await asyncio.sleep(0.05)
+            for task in feeding:
+                task.cancel()
+            await asyncio.gather(*feeding, return_exceptions=True)
+            assert calls >= 5
+        finally:
+            await capped.close()
+            await other.close()
+        return arrived
+
+    arrived = asyncio.run(asyncio.wait_for(scenario(), PATIENCE))
+    began, ended = arrived[0][0], arrived[-1][0]
+    total = sum(size for _, size in arrived)
+    burst = UploadCap(mbit).burst
+    # What has arrived had left before; whatever waited in p2pd left no earlier than at the beginning.
+    assert total <= rate * (ended - began) + burst
+    # A cap that a busy machine does not nearly use up would be a wrong one: half is far below what any run gave.
+    assert total >= 0.5 * rate * (ended - began)
