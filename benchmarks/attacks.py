@@ -29,6 +29,9 @@ BEGIN, END = "<!-- begin: make bench-attacks -->", "<!-- end: make bench-attacks
 BEDS = ((5, 1), (8, 1), (8, 2))
 """Peers, and the byzantine ones among them."""
 
+PACE = 2.0
+"""Times of a round, over those of the tests: no honest peer may be late, however busy the machine is."""
+
 LEAST_COSINE = 0.8
 
 
@@ -47,7 +50,9 @@ def wire_cases() -> Iterator[Case]:
     for fault in Fault:
         yield Case(
             fault.value,
-            lambda folder, peers, liars, seconds, fault=fault: attack(folder, peers, [fault] * liars, seconds),
+            lambda folder, peers, liars, seconds, fault=fault: attack(
+                folder, peers, [fault] * liars, seconds, pace=PACE
+            ),
             lambda fault=fault: defence_off(fault),
         )
 

@@ -6,7 +6,6 @@ has to be: codes and bytes, rounded fp32 sums in roster order, squared norms as 
 """
 
 import hashlib
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -148,43 +147,113 @@ def coefficients(rule: str, weights: Sequence[int], norms_squared: Sequence[int]
     """fp32 bits of weight share times clip factor: w / sum(w) * min(1, 3 m / |x|), m the lower median norm."""
     total = sum(weights)
     median = sorted(norms_squared)[(len(norms_squared) - 1) // 2]
-    result = []
-    for weight, norm in zip(weights, norms_squared, strict=True):
-        factor = 1.0
-        if rule == "clip" and norm > 9 * median:
-            # The largest k / 2^64 whose square is at most 9 median / norm.
-            steps = isqrt(int(Fraction(9 * median, norm) * (1 << 128)))
-            assert Fraction(steps**2, 1 << 128) <= Fraction(9 * median, norm) < Fraction((steps + 1) ** 2, 1 << 128)
-            factor = float(Fraction(steps, 1 << 64))
-        result.append(struct.unpack("<I", struct.pack("<f", weight / total * factor))[0])
-    return result
+    factors = [shrink(9 * median, norm) if rule == "clip" else 1.0 for norm in norms_squared]
+    return [fp32_bits(weight / total * factor) for weight, factor in zip(weights, factors, strict=True)]
 
 
-def weighted_sum(vectors: Sequence[Single], bits: Sequence[int]) -> Single:
-    """x_1 c_1 + x_2 c_2 + ..., every product and every sum rounded to fp32, left to right."""
+def shrink(limit: int, square: int) -> float:
+    """min(1, sqrt(limit / square)): the largest k / 2^64 that is not above it."""
+    if square <= limit:
+        return 1.0
+    ratio = Fraction(limit, square)
+    steps = isqrt(int(ratio * (1 << 128)))
+    assert Fraction(steps**2, 1 << 128) <= ratio < Fraction((steps + 1) ** 2, 1 << 128)
+    return float(Fraction(steps, 1 << 64))
+
+
+def fp32_bits(value: float) -> int:
+    return int(np.float32(value).view(np.uint32))
+
+
+def reduce_vectors(rule: str, vectors: Sequence[Single], bits: Sequence[int], spans: Sequence[slice]) -> Single:
+    """A rule's result before it is encoded; `spans` are the values that belong together."""
     scales = np.array(bits, np.uint32).view(np.float32)
+    reduce = {"mean": weighted_sum, "clip": weighted_sum, "trimmed_mean": trimmed_mean, "centered_clip": centered_clip}
+    return np.concatenate([reduce[rule]([vector[span] for vector in vectors], scales) for span in spans])
+
+
+def weighted_sum(vectors: Sequence[Single], scales: Single) -> Single:
+    """x_1 c_1 + x_2 c_2 + ..., every product and every sum rounded to fp32, left to right."""
     total = vectors[0] * scales[0]
     for vector, scale in zip(vectors[1:], scales[1:], strict=True):
         total = total + vector * scale
     return np.asarray(total, np.float32)
 
 
-def reduce_vectors(rule: str, vectors: Sequence[Single], bits: Sequence[int]) -> Single:
-    """A rule's result before it is encoded."""
-    if rule in ("mean", "clip"):
-        return weighted_sum(vectors, bits)
-    raise KeyError(rule)
+def trimmed_mean(vectors: Sequence[Single], scales: Single) -> Single:
+    """The weighted mean without the floor(n / 4) smallest and largest in every coordinate."""
+    return trimmed(vectors, scales, len(vectors) // 4)
 
 
-def reduce_doubles(rule: str, vectors: Sequence[Single], bits: Sequence[int]) -> tuple[Double, Double]:
-    """A rule's result in fp64, and by how much rounded fp32 sums may differ from it."""
+def trimmed(vectors: Sequence[Single], scales: Single, drop: int) -> Single:
+    """sum(c x) / sum(c) from the smallest that remains up, in fp32, kept between the smallest and the largest."""
+    values, shares = _remaining(vectors, scales, drop)
+    total, weight = values[0] * shares[0], shares[0]
+    for value, share in zip(values[1:], shares[1:], strict=True):
+        total, weight = total + value * share, weight + share
+    mean = total / weight
+    low, high = values[0], values[-1]
+    below = (mean < low) | ((mean == low) & np.signbit(mean) & ~np.signbit(low))
+    mean = np.where(below, low, mean)
+    above = (mean > high) | ((mean == high) & ~np.signbit(mean) & np.signbit(high))
+    return np.where(above, high, mean).astype(np.float32)
+
+
+def _remaining(vectors: Sequence[Single], scales: Single, drop: int) -> tuple[Single, Single]:
+    """Values and their shares in every coordinate, sorted, -0 before 0, equals in roster order, without the ends."""
+    stacked = np.stack(vectors)
+    order = np.lexsort((~np.signbit(stacked), stacked), axis=0)[drop : len(vectors) - drop]
+    return np.take_along_axis(stacked, order, 0), scales[order]
+
+
+def centered_clip(vectors: Sequence[Single], scales: Single) -> Single:
+    """Three clipped steps from the median, the radius being the median distance to it."""
+    centre = trimmed(vectors, np.full(len(vectors), 0.5, np.float32), (len(vectors) - 1) // 2)
+    radius = 0
+    for step in range(3):
+        squares = [norm_squared(vector - centre) for vector in vectors]
+        radius = sorted(squares)[(len(squares) - 1) // 2] if step == 0 else radius
+        moved = centre
+        for vector, square, scale in zip(vectors, squares, scales, strict=True):
+            moved = moved + (vector - centre) * np.float32(float(scale) * shrink(radius, square))
+        centre = moved
+    return centre
+
+
+def reduce_doubles(
+    rule: str, vectors: Sequence[Single], bits: Sequence[int], spans: Sequence[slice]
+) -> tuple[Double, Double]:
+    """A rule's result in fp64, and by how much rounded fp32 operations may differ from it."""
     scales = np.array(bits, np.uint32).view(np.float32).astype(np.float64)
-    terms = [vector.astype(np.float64) * scale for vector, scale in zip(vectors, scales, strict=True)]
+    pairs = [_in_doubles(rule, np.stack([vector[span] for vector in vectors]), scales) for span in spans]
+    result, slack = (np.concatenate(each) for each in zip(*pairs, strict=True))
+    return result, slack
+
+
+def _in_doubles(rule: str, vectors: Single, scales: Double) -> tuple[Double, Double]:
+    count, wide = len(vectors), vectors.astype(np.float64)
+    tiny = 4 * count * 2.0**-149  # of roundings below the normal range
     if rule in ("mean", "clip"):
-        # Each of n products and n - 1 sums is off by at most 2^-24 of itself, or by 2^-150 below the normal range.
-        slack = (2 * len(terms) * 2.0**-24) * np.sum(np.abs(terms), 0) + 2 * len(terms) * 2.0**-150
-        return np.sum(terms, 0), slack
-    raise KeyError(rule)
+        # n products and n - 1 sums, each off by at most 2^-24 of what it makes.
+        terms = wide * scales[:, None]
+        return terms.sum(0), 2 * count * 2.0**-24 * np.abs(terms).sum(0) + tiny
+    if rule == "trimmed_mean":
+        # The same, n - 1 sums of shares, and a division.
+        values, shares = _remaining(list(vectors), scales.astype(np.float32), count // 4)
+        terms, weight = values.astype(np.float64) * shares, shares.astype(np.float64).sum(0)
+        return terms.sum(0) / weight, (4 * count * 2.0**-24 * np.abs(terms).sum(0) + tiny) / weight
+    centre, radius = np.median(wide, 0), 0.0
+    size = np.abs(wide).max(0)
+    for step in range(3):
+        away = wide - centre
+        norms = np.linalg.norm(away, axis=1)
+        radius = float(np.sort(norms)[(count - 1) // 2]) if step == 0 else radius
+        factors = np.minimum(1.0, np.divide(radius, norms, out=np.ones_like(norms), where=norms > 0))
+        centre = centre + ((scales * factors)[:, None] * away).sum(0)
+    # Each of three steps rounds 3 n times to 2^-24 of at most twice the largest value there; the distances, and with
+    # them the factors, move by as much of the span's whole length, spread over it as the values are.
+    spread = np.linalg.norm(size) / np.sqrt(len(size))
+    return centre, 3 * 3 * count * 2.0**-23 * (size + spread) + tiny
 
 
 def merkle_root(leaves: Sequence[bytes]) -> bytes:

@@ -22,7 +22,7 @@ from hivegrpo.peer.swarm.exchange import Exchange, ExchangeServer, Span
 from hivegrpo.peer.swarm.rules.registry import RULES
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.checks import check_plan, check_seal, check_sender_report
-from hivegrpo.protocol.chunks import chunk_count
+from hivegrpo.protocol.chunks import CHUNK_VALUES, chunk_count
 from hivegrpo.protocol.coefficients import coefficients, norm_bytes
 from hivegrpo.protocol.envelope import Opened, open_signed, sign
 from hivegrpo.protocol.identity import Identity
@@ -67,6 +67,11 @@ class Case:
     @property
     def values(self) -> int:
         return len(next(iter(self.vectors.values())))
+
+    @property
+    def slices(self) -> list[slice]:
+        """Values of each span."""
+        return [slice(span.start * CHUNK_VALUES, span.stop * CHUNK_VALUES) for span in self.spans.values()]
 
     @property
     def sealed(self) -> list[int]:
@@ -303,13 +308,13 @@ class Ring:
 def _check_spans(case: Case, seal: pb.Seal, decoded: dict[int, Single], spans: Sequence[list[Span]]) -> Single:
     bits = [item.coefficient for item in seal.contributors]
     vectors = [decoded[peer] for peer in case.sealed]
-    chunks = reference.encode_vector(case.codec, reference.reduce_vectors(case.rule, vectors, bits))
+    chunks = reference.encode_vector(case.codec, reference.reduce_vectors(case.rule, vectors, bits, case.slices))
     for index, run in enumerate(case.spans.values()):
         data = b"".join(chunks[run.start : run.stop])
         assert {each[index].data for each in spans} == {data}, f"span {index}"
         assert {each[index].content.root for each in spans} == {reference.span_root(data)}, f"digest {index}"
     result = reference.decode_vector(case.codec, chunks, case.values)
-    exact, slack = reference.reduce_doubles(case.rule, vectors, bits)
+    exact, slack = reference.reduce_doubles(case.rule, vectors, bits, case.slices)
     bound = slack + reference.rounding_error(case.codec, _widened(exact, slack))
     assert (np.abs(result - exact) <= bound).all(), f"off by {np.max(np.abs(result - exact) - bound)}"
     return result
