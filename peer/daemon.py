@@ -11,6 +11,7 @@ from typing import Any
 import structlog
 
 from hivegrpo.peer.desk import Learns
+from hivegrpo.peer.feedback import ErrorFeedback
 from hivegrpo.peer.home import PeerHome, identity_path
 from hivegrpo.peer.numerics import check_numerics
 from hivegrpo.peer.preparation import prepare_learner
@@ -144,6 +145,7 @@ async def work_in_run(
             exchanges=exchanges,
             directory=directory,
             contributions=ContributionStore(home.contributions, codec, versions.values, keep),
+            feedback=ErrorFeedback(home.feedback, codec, identity.peer_id),
             learner=learner,
             worker=worker,
             history=history,

@@ -7,6 +7,7 @@ from typing import Protocol
 import structlog
 from torch import Tensor
 
+from hivegrpo.peer.feedback import ErrorFeedback
 from hivegrpo.peer.floats import NonFiniteError
 from hivegrpo.peer.learn.evaluation import Evaluation
 from hivegrpo.peer.learn.learner import LearnedContribution
@@ -59,13 +60,19 @@ class LeaseDesk:
     """Works on the worker thread, on one lease at a time."""
 
     def __init__(
-        self, config: RunConfig, learner: Learns, versions: Versions, contributions: ContributionStore
+        self,
+        config: RunConfig,
+        learner: Learns,
+        versions: Versions,
+        contributions: ContributionStore,
+        feedback: ErrorFeedback,
     ) -> None:
         self.speed = 0.0
         """Tokens a second, of the last lease that was sampled."""
         self._learner = learner
         self._versions = versions
         self._contributions = contributions
+        self._feedback = feedback
         self._codec = get_codec(config.averaging.codec)
         self._loaded_reference = 0
 
@@ -85,7 +92,7 @@ class LeaseDesk:
                 learned = self._learner.contribute(lease.id, lease.start, lease.count, lease.wanted, cancelled)
             if learned is None:
                 return Work(contribution, note=f"the rollout of lease {lease.id} is not here any more, or is too old")
-            encoded = EncodedVector.encode(self._codec, learned.vector)
+            encoded = self._encode(lease, learned)
         except (NonFiniteError, NumericsError) as error:
             log.error("numbers are not finite; the lease's prompts are dropped", lease=lease.id, reason=str(error))
             metrics["numerics/failed"] = 1.0
@@ -108,6 +115,12 @@ class LeaseDesk:
             return Work(contribution, note=learned.note)
         self._contributions.add(lease.version, encoded)
         return Work(contribution, encoded, learned.note)
+
+    def _encode(self, lease: pb.Lease, learned: LearnedContribution) -> EncodedVector:
+        """The gradient's bytes, which are fixed from here on. What has no weight is in no version: no feedback."""
+        if self._codec.feedback and learned.weight:
+            return self._feedback.encode(self._versions.chain.entries[lease.version], learned.vector)
+        return EncodedVector.encode(self._codec, learned.vector)
 
     def _load(self, version: int, parameters: Tensor) -> None:
         """The version to work under, and the KL reference if it has moved."""

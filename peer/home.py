@@ -29,6 +29,11 @@ class PeerHome:
         return self.root / CONTRIBUTIONS_FOLDER
 
     @property
+    def feedback(self) -> Path:
+        """What the encoding of own contributions has lost."""
+        return self.root / "feedback"
+
+    @property
     def history(self) -> Path:
         return self.root / "history.jsonl"
 

