@@ -48,6 +48,9 @@ bench-solo: install  ## a step that one machine makes alone, against TRL's
 bench-learning: install  ## how fast a swarm of three learns, against TRL
 	$(BIN)/python benchmarks/learning.py
 
+bench-quality: install  ## what the codecs cost in accuracy, on the demo's task
+	$(BIN)/python benchmarks/quality.py --json quality.json
+
 bench-memory: install  ## peak memory of log-probabilities, against torch's
 	$(BIN)/python benchmarks/memory.py
 

@@ -1,14 +1,16 @@
 """A swarm's versions without its network: what its peers compute in a round, by the product's own pure functions.
 
-Same contributions, same plan, same bytes, same state: a test holds the state roots against those of a real run. What
-is left out is waiting, signing and sending, and each contribution's bytes are not written to disk.
+Same contributions, same residuals, same plan, same bytes, same state: a test holds the state roots against those of a
+real run. What is left out is waiting, signing and sending, and each contribution's bytes are not written to disk.
 """
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 
+from hivegrpo.peer.feedback import ErrorFeedback
 from hivegrpo.peer.learn.genesis import version_zero
 from hivegrpo.peer.learn.learner import LearnedContribution, Learner
 from hivegrpo.peer.learn.step import PolicyState, state_bytes
@@ -18,9 +20,11 @@ from hivegrpo.peer.swarm.reducer import reduce_span
 from hivegrpo.peer.swarm.replay import replay
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobs import blob_root
+from hivegrpo.protocol.chain import Entry
 from hivegrpo.protocol.chunks import chunk_count, chunk_values, split_evenly
 from hivegrpo.protocol.coefficients import coefficients, norm_bytes, planned_rule
 from hivegrpo.protocol.config import RunConfig
+from hivegrpo.protocol.envelope import Opened
 from hivegrpo.protocol.scalars import StepScalars
 from hivegrpo.protocol.schedule import learning_rate
 
@@ -50,12 +54,16 @@ class DirectSwarm:
     So only for runs with `num_iterations` of 1, `beta` of 0 and an adapter.
     """
 
-    def __init__(self, config: RunConfig, learner: Learner) -> None:
+    def __init__(self, config: RunConfig, learner: Learner, folder: Path) -> None:
+        """folder: for the peers' residuals, if the codec has error feedback."""
         assert config.grpo.num_iterations == 1
         assert config.grpo.beta == 0.0
         self.config, self.learner = config, learner
         self.codec = get_codec(config.averaging.codec)
         self.state = PolicyState.initial(version_zero(learner.layout, config, None))
+        self._folder = folder
+        self._feedback: dict[str, ErrorFeedback] = {}
+        self._head = pb.VersionManifest()
         learner.load(0, self.state.parameters)
 
     @property
@@ -68,8 +76,9 @@ class DirectSwarm:
         learned = {share.peer: self._learn(share) for share in shares}
         weights = {peer: contribution.weight for peer, contribution in learned.items() if contribution.weight}
         assert weights
-        chunks = {peer: self._encode(learned[peer]).chunks for peer in weights}
-        plan = self._plan(sorted(weights))
+        encoded = {peer: self._encode(peer, learned[peer]) for peer in weights}
+        chunks = {peer: contribution.chunks for peer, contribution in encoded.items()}
+        plan = self._plan({peer: contribution.root for peer, contribution in sorted(encoded.items())})
         norms = [self._norm_squared(chunks[contributor.peer]) for contributor in plan.contributors]
         bits = coefficients(plan.rule, [weights[contributor.peer] for contributor in plan.contributors], norms)
         seal = pb.Seal(
@@ -83,6 +92,7 @@ class DirectSwarm:
             own = slice(reducer.first, reducer.first + reducer.chunks)
             spans.append(reduce_span(plan, index, seal, {peer: parts[own] for peer, parts in chunks.items()}))
         self.state = replay(self.state, plan, spans)
+        self._head = pb.VersionManifest(version=plan.version, contributors=plan.contributors)
         self.learner.load(self.state.step, self.state.parameters)
         return fmean(contribution.metrics["reward"] for contribution in learned.values())
 
@@ -90,11 +100,18 @@ class DirectSwarm:
         count = len(share.positions)
         return self.learner.contribute(share.lease, share.positions.start, count, count, threading.Event())
 
-    def _encode(self, learned: LearnedContribution) -> EncodedVector:
-        return EncodedVector.encode(self.codec, learned.vector)
+    def _encode(self, peer: str, learned: LearnedContribution) -> EncodedVector:
+        if not self.codec.feedback:
+            return EncodedVector.encode(self.codec, learned.vector)
+        if peer not in self._feedback:
+            folder = self._folder / f"peer-{len(self._feedback)}"
+            folder.mkdir(parents=True)
+            self._feedback[peer] = ErrorFeedback(folder, self.codec, peer)
+        head = Entry(Opened(self._head, bytes(32), "", pb.Signed()), None, None)
+        return self._feedback[peer].encode(head, learned.vector)
 
-    def _plan(self, roster: Sequence[str]) -> pb.RoundPlan:
-        """What of a plan bears on the result."""
+    def _plan(self, roster: Mapping[str, bytes]) -> pb.RoundPlan:
+        """What of a plan bears on the result; roster: the peers in order, and the roots of their contributions."""
         optimizer, version = self.config.optimizer, self.state.step + 1
         values = self.state.parameters.numel()
         chunks = chunk_count(values)
@@ -111,7 +128,7 @@ class DirectSwarm:
             codec=self.codec.name,
             rule=planned_rule(self.config.averaging.rule, len(roster)),
             values=values,
-            contributors=[pb.Contributor(peer=peer) for peer in roster],
+            contributors=[pb.Contributor(peer=peer, root=root) for peer, root in roster.items()],
             reducers=[
                 pb.Reducer(peer=peer, first=span.start, chunks=len(span))
                 for peer, span in zip(roster, split_evenly(chunks, min(len(roster), chunks)), strict=False)

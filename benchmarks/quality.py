@@ -17,9 +17,11 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -95,16 +97,14 @@ def run_once(codec: str, seed: int, lengths: Lengths, problems: int) -> Outcome:
     config = task_config(codec, seed, lengths.versions)
     train, held_out = task_problems(config, problems)
     learner = open_learner(config, train)
-    try:
-        swarm = DirectSwarm(config, learner)
-        accuracy: dict[str, float] = {}
-        rewards: list[float] = []
+    accuracy: dict[str, float] = {}
+    rewards: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="hivegrpo-quality-") as folder, closing(learner):
+        swarm = DirectSwarm(config, learner, Path(folder))
         for version in range(lengths.versions):
             rewards.append(swarm.advance(even_shares(version, config.grpo.prompts_per_round, PEERS)))
             if version + 1 in lengths.measured:
                 accuracy[str(version + 1)] = accuracy_on(learner, held_out).accuracy
-    finally:
-        learner.close()
     return {
         "accuracy": accuracy,
         "reward": rewards,

@@ -60,13 +60,14 @@ def test_no_held_out_problem_is_trained_on_in_either_order() -> None:
 
 
 @pytest.mark.slow
-def test_its_swarm_makes_the_states_of_a_real_one() -> None:
-    """Bit by bit, from the leases that the real coordinator gave, in the order of its plans."""
+@pytest.mark.parametrize("codec", ["mxint8", "mxfp4"])
+def test_its_swarm_makes_the_states_of_a_real_one(tmp_path: Path, codec: str) -> None:
+    """Bit by bit, from the leases that the real coordinator gave, in the order of its plans; residuals included."""
     from addition import FOLDER, open_learner, task_problems
     from direct_swarm import DirectSwarm, Share
     from memory_swarm import history
 
-    config = small_run("mxint8", versions=3)
+    config = small_run(codec, versions=3)
     train, _ = task_problems(config, 2000)
     learners = [open_learner(config, train) for _ in range(3)]
     try:
@@ -83,7 +84,7 @@ def test_its_swarm_makes_the_states_of_a_real_one() -> None:
             for event in events
             if isinstance(event, VersionCommitted)
         ]
-        swarm = DirectSwarm(config, learners[0])
+        swarm = DirectSwarm(config, learners[0], tmp_path)
         assert [swarm.state_root] == roots[:1]
         for plan, root in zip(plans, roots[1:], strict=True):
             swarm.advance([Share(one.peer, one.lease, leases[one.lease]) for one in plan.contributors])

@@ -5,6 +5,7 @@ import contextlib
 import importlib.metadata
 import inspect
 import io
+import itertools
 import json
 import operator
 import os
@@ -156,6 +157,15 @@ def test_rows_are_the_questions_and_answers_of_reasoning_gym() -> None:
 
 def test_another_seed_gives_other_rows() -> None:
     assert generate_rows("gcd", 3, 1) != generate_rows("gcd", 3, 2)
+
+
+def test_rows_that_take_too_long_are_given_up() -> None:
+    """Each look at the clock is 100 s after the one before: the seventh is the first beyond 600 s."""
+    clock = itertools.count(0.0, 100.0)
+    with pytest.raises(ConfigError, match=r"20 rows of gcd are too many: after 600 s there were 6\."):
+        generate_rows("gcd", 20, 1, clock=lambda: next(clock))
+    clock = itertools.count(0.0, 100.0)
+    assert len(generate_rows("gcd", 6, 1, clock=lambda: next(clock))) == 6
 
 
 def test_generators_that_print_do_not_print_to_stdout(capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Running reward functions: what hostile completions, careless functions and ends of all kinds leave standing."""
 
 import gc
+import json
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -399,6 +401,28 @@ def test_a_message_is_bounded_before_it_is_read() -> None:
             channel.next(107)
         assert channel.next(108) == {"a": "b" * 100}
         assert channel.empty
+
+
+def test_messages_are_written_as_json_writes_them() -> None:
+    """In parts, but with the same bytes, whatever is in them."""
+    odd: list[Any] = [(1, [2]), {"a": {}, "b": [], "c": {"d": [None, True, 1.5, float("nan")]}}, {1: 2}, Path("p"), "é"]
+    for message in ({}, {"a": odd}, {"arguments": {"x": odd, "y": [[odd]], "z": {}}, "key": 1}, {"a": {True: odd}}):
+        expected = json.dumps(message, default=str, separators=(",", ":")).encode()
+        assert encode(message) == len(expected).to_bytes(4, "big") + expected
+
+
+def test_a_message_that_is_too_long_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a column's 1,000 values of 1 MiB, only as many are written as the limit lets through, and one more."""
+    monkeypatch.setattr("hivegrpo.peer.rewards.frames.MAX_BYTES", 3 << 20)
+    column = ["x" * (1 << 20)] * 1000
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="longer than"):
+            encode({"key": 1, "arguments": {"column": column}})
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 << 20  # its bytes, a value in JSON, the copy to ASCII, and room that a bytearray grows by
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"1", b"{", b"\xff", b"[" * 10_000, b'{"a":' * 5_000])

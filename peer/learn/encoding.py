@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hivegrpo.peer.learn.base import require_built_in
-from hivegrpo.peer.learn.messages import Prompt
+from hivegrpo.peer.learn.messages import Message, Prompt
+from hivegrpo.peer.learn.templates import TemplateRenderer, refusal
 from hivegrpo.protocol.config import DatasetSection
 from hivegrpo.protocol.errors import ConfigError
 
@@ -28,9 +29,15 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 class PromptEncoder:
     """Token ids of prompts, and the text of completions."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", dataset: DatasetSection) -> None:
-        """ConfigError if there is a system prompt and nothing to put it into."""
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", dataset: DatasetSection, renderer: TemplateRenderer | None = None
+    ) -> None:
+        """renderer: for a chat template that may be hostile; without one, the template runs here, with no clock.
+
+        ConfigError if there is a system prompt and nothing to put it into.
+        """
         self.tokenizer = tokenizer
+        self._renderer = renderer
         self.system_prompt = dataset.system_prompt
         self.prompt_template = dataset.prompt_template
         self.chat = tokenizer.chat_template is not None and dataset.prompt_template is None
@@ -53,18 +60,10 @@ class PromptEncoder:
         """
         if not self.chat:
             return self._plain(prompt)
-        from jinja2.exceptions import TemplateError
-
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if self.system_prompt is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
-        try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
-            raise ConfigError(
-                f"The model's chat template refuses a prompt: {error}.",
-                "Leave out system_prompt or the messages that it does not know, or choose another model.",
-            ) from None
+        return self._renderer.render(messages) if self._renderer is not None else self._render_here(messages)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. A chat template writes its own special tokens; plain text gets the tokenizer's."""
@@ -75,6 +74,19 @@ class PromptEncoder:
         """Text of completions, without special tokens."""
         texts: list[str] = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         return texts
+
+    def close(self) -> None:
+        """End the process of the chat template, if it has one."""
+        if self._renderer is not None:
+            self._renderer.close()
+
+    def _render_here(self, messages: list[Message]) -> str:
+        from jinja2.exceptions import TemplateError
+
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
+            raise refusal(str(error)) from None
 
     def _plain(self, prompt: Prompt) -> str:
         if isinstance(prompt, str):

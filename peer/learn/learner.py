@@ -17,6 +17,7 @@ from hivegrpo.peer.learn.evaluation import Evaluation, evaluate
 from hivegrpo.peer.learn.gradient import Gradient, rollout_gradient, rollout_logps
 from hivegrpo.peer.learn.policy import Layout, Policy, choose_device
 from hivegrpo.peer.learn.rollout import Rollout
+from hivegrpo.peer.learn.templates import TemplateRenderer
 from hivegrpo.peer.rewards.pool import RewardPool
 from hivegrpo.peer.rewards.registry import find_rewards
 from hivegrpo.protocol.config import PeerConfig, RunConfig
@@ -98,15 +99,18 @@ class Learner:
         device = choose_device(peer.device)
         if peer.threads is not None:
             torch.set_num_threads(peer.threads)
-        encoder = PromptEncoder(load_tokenizer(model), config.dataset)
+        tokenizer = load_tokenizer(model)
+        chat = tokenizer.chat_template is not None and config.dataset.prompt_template is None
+        encoder = PromptEncoder(tokenizer, config.dataset, TemplateRenderer(tokenizer) if chat else None)
         policy = Policy.load(
             model, config.model, config.lora, device, gradient_checkpointing=peer.gradient_checkpointing
         )
         return cls(config, peer, policy, encoder, prompts, held_out)
 
     def close(self) -> None:
-        """End the processes that score."""
+        """End the processes that score, and that of the chat template."""
         self.pool.close()
+        self.encoder.close()
 
     @property
     def layout(self) -> Layout:

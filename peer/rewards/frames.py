@@ -2,24 +2,51 @@
 
 import json
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 MAX_BYTES = 64 << 20
 """Of one message."""
+
+_JSON = json.JSONEncoder(default=str, separators=(",", ":"))
+_LEVELS = 3
+"""From a call to the values in the columns among its arguments."""
 
 _HEADER = 4
 _CHUNK = 1 << 16
 
 
 def encode(message: dict[str, Any]) -> bytes:
-    """A frame, in which things that JSON has no form for are their text. ValueError if it is too long, or too deep."""
+    """A frame, in which things that JSON has no form for are their text. ValueError if it is too long, or too deep.
+
+    A message that is too long is found out while it is written: never is more in memory than the limit and one value
+    of a column.
+    """
+    body = bytearray()
     try:
-        body = json.dumps(message, default=str, separators=(",", ":")).encode("ascii")
+        for part in _parts(message, _LEVELS):
+            body += part.encode("ascii")
+            if len(body) > MAX_BYTES:
+                raise ValueError(f"is longer than {MAX_BYTES} bytes")
     except (RecursionError, TypeError) as error:
         raise ValueError(f"cannot be written as JSON: {type(error).__name__}") from error
-    if len(body) > MAX_BYTES:
-        raise ValueError(f"is longer than {MAX_BYTES} bytes")
     return len(body).to_bytes(_HEADER, "big") + body
+
+
+def _parts(value: Any, levels: int) -> Iterator[str]:
+    """The JSON of a value, in one part for each value so many levels down."""
+    if levels and type(value) is dict and all(type(key) is str for key in value):
+        for number, (key, item) in enumerate(value.items()):
+            yield f"{',' if number else '{'}{_JSON.encode(key)}:"
+            yield from _parts(item, levels - 1)
+        yield "}" if value else "{}"
+    elif levels and type(value) is list:
+        for number, item in enumerate(value):
+            yield "," if number else "["
+            yield from _parts(item, levels - 1)
+        yield "]" if value else "[]"
+    else:
+        yield _JSON.encode(value)
 
 
 class Channel:

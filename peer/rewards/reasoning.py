@@ -9,7 +9,8 @@ that was read, and no other is used.
 import contextlib
 import json
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -24,23 +25,33 @@ AUDITED = "0.1.25"
 REVISION = 1
 """Of what this module and the own scorers make of an answer."""
 
+GENERATION_SECONDS = 600.0
+"""For all rows of a dataset; looked at between two of them."""
+
 MAX_ANSWER = 16_384
 """Characters of an answer; a longer one scores 0. The longest gold answers have 7,000."""
 
 
-def generate_rows(task: str, size: int, seed: int) -> list[dict[str, Any]]:
+def generate_rows(task: str, size: int, seed: int, clock: Callable[[], float] = time.monotonic) -> list[dict[str, Any]]:
     """The rows {"prompt", "answer", "metadata"} that reasoning-gym generates for a task; the same on every machine.
 
     prompt: its question; answer: its gold answer, None where many are right; metadata: what the scorer reads beside
-    that, as a JSON object in a string. ConfigError if the task cannot be used, or reasoning-gym is not installed.
+    that, as a JSON object in a string. ConfigError if the task cannot be used, reasoning-gym is not installed, or the
+    rows take longer than GENERATION_SECONDS: who launches a run chooses how many there are.
     """
     _require(task)
+    deadline = clock() + GENERATION_SECONDS
     from reasoning_gym import create_dataset  # type: ignore[import-untyped]  # it ships no types
 
     rows = []
     with contextlib.redirect_stdout(sys.stderr):  # some generators print
         dataset = create_dataset(task, size=size, seed=seed)
         for index in range(size):
+            if clock() > deadline:
+                raise ConfigError(
+                    f"{size} rows of {task} are too many: after {GENERATION_SECONDS:.0f} s there were {index}.",
+                    "Set a smaller size in run.toml, or take part on a faster machine.",
+                )
             entry = dataset[index]
             kept = _kept(task, entry["metadata"])
             metadata = json.dumps(kept, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -29,6 +29,9 @@ GROUP = "hivegrpo.rewards"
 REASONING = "reasoning_gym:"
 """Before the name of a task of reasoning-gym."""
 
+CHAT_TEMPLATE = "chat template"
+"""To a worker, the name of `peer.learn.templates.render`, which is no reward: `find_rewards` does not know it."""
+
 Options = Mapping[str, Mapping[str, Any]]
 """Keyword arguments by name of function."""
 
@@ -59,6 +62,10 @@ def find_rewards(names: Sequence[str], options: Options | None = None) -> list[R
 
 def load_function(name: str) -> RewardFunction:
     """The function of this name, with everything that it imports: what a worker calls."""
+    if name == CHAT_TEMPLATE:
+        from hivegrpo.peer.learn.templates import load_render
+
+        return load_render()
     if name == "math_verify":
         from hivegrpo.peer.rewards.mathematics import math_verify
 
