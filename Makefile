@@ -1,4 +1,4 @@
-.PHONY: install test parity lint demo bench bench-solo bench-learning bench-memory proto
+.PHONY: install test parity lint demo bench bench-solo bench-learning bench-memory bench-codecs proto
 .DEFAULT_GOAL := install
 
 PYTHON ?= python3
@@ -46,6 +46,9 @@ bench-learning: install  ## how fast a swarm of three learns, against TRL
 
 bench-memory: install  ## peak memory of log-probabilities, against torch's
 	$(BIN)/python benchmarks/memory.py
+
+bench-codecs: install  ## what the codecs lose, and how fast they are
+	$(BIN)/python benchmarks/codecs.py
 
 proto: install  ## protocol/hivegrpo_pb2.py and .pyi, which are committed, from hivegrpo.proto
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iprotocol --python_out=protocol --mypy_out=protocol hivegrpo.proto
