@@ -162,8 +162,8 @@ class Exchange:
         async with self._changed:
             self._over = True
             self._changed.notify_all()
-        while self._lines:
-            await self._lines.popitem()[1].close()
+        lines, self._lines = self._lines, {}
+        await asyncio.gather(*(stream.close() for stream in lines.values()))
 
     async def _push_span(self, index: int) -> None:
         layout = SpanLayout.of(self.plan.message, index)

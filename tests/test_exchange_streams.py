@@ -1,0 +1,85 @@
+"""How many streams and dials an undisturbed exchange takes."""
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from support.runs import IntegerLearner, signed_run, small_config
+from support.swarm import Swarm
+
+from hivegrpo.peer.swarm.directory import Directory
+from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.errors import FrameError, RemoteError
+from hivegrpo.protocol.identity import Identity
+from hivegrpo.protocol.transport.base import Stream, Transport
+from hivegrpo.protocol.transport.memory import MemoryNetwork
+
+PEERS, VERSIONS, VALUES = 3, 3, 100_000
+
+
+def test_spans_come_back_on_the_streams_that_took_the_chunks(tmp_path: Path) -> None:
+    opened: Counter[str] = Counter()
+
+    def count(transport: Transport) -> Transport:
+        open_stream = transport.open_stream
+
+        async def opening(peer_id: str, name: str, timeout: float = 10.0) -> Stream:
+            opened[name] += 1
+            return await open_stream(peer_id, name, timeout)
+
+        transport.open_stream = opening  # type: ignore[method-assign]  # it only looks on
+        return transport
+
+    async def scenario() -> None:
+        async with asyncio.timeout(60):
+            config = small_config(run={"start_peers": PEERS, "versions": VERSIONS})
+            coordinator = Identity.generate()
+            swarm = Swarm(tmp_path, config, signed_run(coordinator, config, VALUES), coordinator)
+            node = await swarm.start_coordinator()
+            for name in ("a", "b", "c"):
+                await swarm.start_peer(name, IntegerLearner(VALUES), wrap=count)
+            await asyncio.gather(*(peer.task for peer in swarm.peers.values()))
+            assert all(not peer.transport.rejected for peer in swarm.peers.values())
+            await node.leave()
+
+    asyncio.run(scenario())
+    assert opened["push"] == VERSIONS * PEERS * (PEERS - 1)
+    assert opened["span"] == 0
+
+
+def test_a_peer_is_dialled_once_and_again_after_a_stream_to_it_failed() -> None:
+    async def scenario() -> None:
+        network = MemoryNetwork()
+        one, other = network.join(Identity.generate()), network.join(Identity.generate())
+        dials, connect = 0, one.connect
+
+        async def dialling(addresses: list[str], timeout: float = 10.0) -> str:
+            nonlocal dials
+            dials += 1
+            return await connect(addresses, timeout)
+
+        async def serve(stream: Stream) -> None:
+            raise FrameError("nothing to say")
+
+        one.connect = dialling  # type: ignore[method-assign]  # it only looks on
+        directory = Directory(one)
+        directory.learn([pb.Endpoint(peer=other.peer_id, addresses=other.addresses())])
+        await other.serve_stream("push", serve)
+        for _ in range(3):
+            async with await directory.open_stream(other.peer_id, "push"):
+                pass
+        assert dials == 1
+        await other.close()
+        with pytest.raises(RemoteError):
+            await directory.open_stream(other.peer_id, "push")
+        assert dials == 2
+        again = network.join(other.peer_id)
+        await again.serve_stream("push", serve)
+        async with await directory.open_stream(other.peer_id, "push"):
+            pass
+        assert dials == 3
+        await one.close()
+        await again.close()
+
+    asyncio.run(scenario())
