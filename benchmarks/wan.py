@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -103,28 +104,39 @@ def measure(size: Size, folder: Path) -> list[list[dict[str, Any]]]:
 
 @dataclass(frozen=True, slots=True)
 class Utilisation:
-    """Share of the time in which peers sample: all of it but the turn from one rollout to the next."""
+    """Share of the time in which peers sample; means over peers and rounds."""
 
     rollout: float
     """Seconds of each."""
     cycle: float
-    """Seconds from the end of one rollout to the end of the next: the mean over peers and rounds."""
+    """Seconds from the end of one rollout to the end of the next."""
+    version: float
+    """Seconds from the beginning of a rollout to the version that it waits for, or to its own end if that is later."""
+    turn: float
+    """Seconds from then to the beginning of the next: gradient, report, plan, lease."""
 
     @property
     def share(self) -> float:
+        """Measured."""
         return self.rollout / self.cycle
 
     def at(self, rollout: float) -> float:
-        """The model: with an exchange that is shorter than a rollout, the turn takes as long for any rollout."""
-        return rollout / (rollout + self.cycle - self.rollout)
+        """The model: a rollout or the version before it, whichever takes longer, and then the turn."""
+        return rollout / (max(rollout, self.version) + self.turn)
 
 
 def utilisation(size: Size, folder: Path, rollout: float) -> Utilisation:
     """Of a run with overlap, after its first rollout, which waits for nothing."""
-    ends = [answer["rollouts"] for answer in run(size, folder, overlap=True, rollout=rollout)]
-    if any(len(each) != WARM_UP + size.rounds for each in ends):
-        raise WorkerError(f"peers sampled {[len(each) for each in ends]} times in {WARM_UP + size.rounds} rounds")
-    return Utilisation(rollout, mean((each[-1] - each[0]) / (len(each) - 1) for each in ends))
+    peers = [answer["rollouts"] for answer in run(size, folder, overlap=True, rollout=rollout)]
+    if any(len(each) != WARM_UP + size.rounds for each in peers):
+        raise WorkerError(f"peers sampled {[len(each) for each in peers]} times in {WARM_UP + size.rounds} rounds")
+    pairs = [pair for each in peers for pair in pairwise(each)]
+    return Utilisation(
+        rollout,
+        cycle=mean(end - before for (_, before, _), (_, end, _) in pairs),
+        version=mean(ready - began for _, (began, _, ready) in pairs),
+        turn=mean(began - ready for (_, _, ready), (began, _, _) in pairs),
+    )
 
 
 def _of_version(rounds: list[dict[str, Any]], version: int) -> dict[str, Any]:
@@ -156,8 +168,9 @@ def show(size: Size, rounds: list[list[dict[str, Any]]]) -> bool:
 def show_overlap(size: Size, folder: Path, rollout: float) -> bool:
     """Measure with short rollouts, say what follows for real ones, and measure these; whether the bar is met."""
     short = utilisation(size, folder / "short", rollout / SPEED_UP)
-    print(f"{short.rollout:g} s of rollout: a cycle takes {short.cycle:.2f} s, utilisation {short.share:.3f};", end=" ")
-    print(f"so {short.at(rollout):.3f} is to be expected with {rollout:g} s", flush=True)
+    print(f"{short.rollout:g} s of rollout: a cycle takes {short.cycle:.2f} s, utilisation {short.share:.3f}")
+    print(f"model: {short.version:.2f} s to the version before, {short.turn:.2f} s of turn;", end=" ")
+    print(f"{short.at(short.rollout):.3f} at {short.rollout:g} s, {short.at(rollout):.3f} at {rollout:g} s", flush=True)
     real = utilisation(size, folder / "real", rollout)
     print(f"{real.rollout:g} s of rollout: a cycle takes {real.cycle:.2f} s, utilisation {real.share:.3f}", flush=True)
     met = real.share >= UTILISATION_BAR

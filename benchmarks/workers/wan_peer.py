@@ -110,8 +110,8 @@ class ConstantLearner:
         self._watch = watch
         self._ahead = 0
         """The lease that was sampled ahead."""
-        self.rollouts: list[float] = []
-        """When each rollout ended, in seconds since some moment."""
+        self.rollouts: list[list[float]] = []
+        """Of each rollout, in seconds since some moment: beginning, end, and when its gradient could be taken."""
 
     def load(self, version: int, vector: Tensor) -> None:
         """Nothing depends on the parameters."""
@@ -120,16 +120,18 @@ class ConstantLearner:
         raise AssertionError("the run has no reference")
 
     def sample(self, lease: int, start: int, count: int, wanted: int, cancelled: threading.Event) -> None:
+        began = time.perf_counter()
         if self._rollout and cancelled.wait(self._rollout):
             raise Cancelled
         self._ahead = lease
-        self.rollouts.append(time.perf_counter())
+        self.rollouts.append([began, time.perf_counter()])
 
     def contribute(
         self, lease: int, start: int, count: int, wanted: int, cancelled: threading.Event
     ) -> LearnedContribution:
         if lease != self._ahead:
             self.sample(lease, start, count, wanted, cancelled)
+        self.rollouts[-1].append(time.perf_counter())
         self._watch.learned()
         return LearnedContribution(
             vector=self._vector,

@@ -74,8 +74,8 @@ class Versions:
         The spans are in the store before this returns: once the version is committed, others ask for them at once.
         """
         self._forget_pending(())
-        self._pending = [self.store.add_bytes(span) for span in spans]
         shadow = replay(self.state, plan, spans)
+        self._pending = [self.store.add_bytes(span) for span in spans]
         return shadow, blob_root(state_bytes(shadow))
 
     def extend(self, message: pb.ChainEntry) -> Entry:
