@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from support import liars, reduce_attacks
 from support.byzantine import Fault
 from support.rounds import Ring
 from support.value_attacks import ATTACKS, Pull, pull
@@ -44,14 +45,16 @@ class Case:
     """In a folder, with so many peers, of which so many are byzantine, for at most so many seconds."""
     without_defence: Callable[[], AbstractContextManager[object] | None]
     """The same swarm without the check that holds the attack off; None if no single one does."""
+    is_named: bool = True
+    """Whether whoever does it has to be named somewhere."""
 
 
 def wire_cases() -> Iterator[Case]:
     for fault in Fault:
         yield Case(
             fault.value,
-            lambda folder, peers, liars, seconds, fault=fault: attack(
-                folder, peers, [fault] * liars, seconds, pace=PACE
+            lambda folder, peers, count, seconds, fault=fault: attack(
+                folder, peers, [fault] * count, seconds, pace=PACE
             ),
             lambda fault=fault: defence_off(fault),
         )
@@ -63,6 +66,9 @@ ABOUT = {
 among them, and no invariant is violated. Memory is what the whole swarm, in one process, had allocated at the worst
 moment; the bound is {MEMORY_BOUND >> 20} MiB. The last column is the same run (5 peers, 1 byzantine) with the check
 that holds the attack off left out.""",
+    "By reducing and auditing": """\
+Every span is audited. `exact`: every version is the rule over the sealed contributions, to the last bit, no honest
+peer is banned, and a liar is banned wherever what it signed proves its fault.""",
     "By value": """\
 Honest gradients have a signal-to-noise ratio of 1 at each peer, all weigh the same, and the attacker knows g. The
 reach is the length of what an attacker adds to the result, over its weight share x 3 x the sealed median norm: `clip`
@@ -70,24 +76,51 @@ keeps it at 1 or below, checked in exact arithmetic.""",
 }
 """What is said above each table."""
 
-SWARM_CASES: dict[str, Callable[[], Iterator[Case]]] = {"Against the wire": wire_cases}
+REDUCING = (
+    liars.Fault.LYING_REDUCER,
+    liars.Fault.EQUIVOCATING_REDUCER,
+    liars.Fault.BAD_HEADER,
+    liars.Fault.FRAMING_AUDITOR,
+)
+
+
+def reducing_cases() -> Iterator[Case]:
+    for fault in REDUCING:
+        yield Case(
+            fault.value,
+            lambda folder, peers, count, seconds, fault=fault: reduce_attacks.attack(
+                folder, peers, fault, count, seconds
+            ),
+            lambda fault=fault: reduce_attacks.without_audits() if fault is liars.Fault.LYING_REDUCER else None,
+            is_named=fault in reduce_attacks.BANNED,
+        )
+
+
+SWARM_CASES: dict[str, Callable[[], Iterator[Case]]] = {
+    "Against the wire": wire_cases,
+    "By reducing and auditing": reducing_cases,
+}
 """By the title of their table."""
 
 
 def swarm_table(cases: list[Case]) -> tuple[list[str], bool]:
-    beds = "".join(f" {peers} peers, {liars} byzantine |" for peers, liars in BEDS)
+    beds = "".join(f" {peers} peers, {bad} byzantine |" for peers, bad in BEDS)
     lines = [f"| attack |{beds} named in | most memory | with the defence off |", "|---|" + "---|" * (len(BEDS) + 3)]
     good = True
     for case in cases:
-        runs = [_run(case, peers, liars, SECONDS) for peers, liars in BEDS]
+        runs = [_run(case, peers, bad, SECONDS) for peers, bad in BEDS]
         control = _control(case)
         named = sorted(set.intersection(*(set(_places(seen)) for seen in runs)))
-        passed = not any(seen.wrong for seen in runs) and bool(named) and (control is None or bool(control.wrong))
+        passed = (
+            not any(seen.wrong for seen in runs)
+            and (bool(named) or not case.is_named)
+            and (control is None or bool(control.wrong))
+        )
         good = good and passed
         cells = [
             case.name,
             *("; ".join(seen.wrong) or "exact" for seen in runs),
-            "; ".join(named) or "**nowhere**",
+            "; ".join(named) or ("**nowhere**" if case.is_named else ""),
             f"{max(seen.memory for seen in runs) / (1 << 20):.0f} MiB",
             "no single check to leave out" if control is None else "; ".join(control.wrong) or "**not ruined**",
         ]
@@ -96,9 +129,9 @@ def swarm_table(cases: list[Case]) -> tuple[list[str], bool]:
     return lines, good
 
 
-def _run(case: Case, peers: int, liars: int, seconds: float) -> Seen:
+def _run(case: Case, peers: int, bad: int, seconds: float) -> Seen:
     with tempfile.TemporaryDirectory() as folder:
-        return case.run(Path(folder), peers, liars, seconds)
+        return case.run(Path(folder), peers, bad, seconds)
 
 
 def _control(case: Case) -> Seen | None:

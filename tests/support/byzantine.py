@@ -116,6 +116,9 @@ class ByzantineTransport(Transport):
     async def connect(self, addresses: list[str], timeout: float = 10.0) -> str:
         return await self._inner.connect(addresses, timeout)
 
+    async def probe(self, addresses: list[str], timeout: float = 3.0) -> bool:
+        return await self._inner.probe(addresses, timeout)
+
     async def serve_call(self, name: str, handler: CallHandler) -> None:
         await self._inner.serve_call(name, handler)
 

@@ -7,7 +7,7 @@ the last bit, by `support.reference`; those who do it have to be named. `attack`
 
 import asyncio
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,10 +101,16 @@ def attack(folder: Path, peers: int, faults: Sequence[Fault], seconds: float = S
             tracemalloc.stop()
     if seen.memory > MEMORY_BOUND:
         seen.wrong.append(f"{seen.memory >> 20} MiB were allocated")
-    _judge(swarm, names, liars, seen)
+    unwelcome = {swarm.identities[name].peer_id: _unwelcome_from(fault) for name, fault in liars.items()}
+    judge_run(swarm, names, unwelcome, seen)
     for name in liars:
-        seen.named[name] = sorted(_named(swarm, swarm.identities[name].peer_id, logs))
+        seen.named[name] = sorted(named(swarm, swarm.identities[name].peer_id, logs))
     return seen
+
+
+def _unwelcome_from(fault: Fault) -> float:
+    """The first version that must not have the contribution of a peer with this fault."""
+    return np.inf if fault in HARMLESS else 2 if fault in REPLAYS else 1
 
 
 async def _run(swarm: Swarm, honest: list[str], liars: dict[str, Fault], seen: Seen, seconds: float) -> None:
@@ -129,10 +135,10 @@ async def _run(swarm: Swarm, honest: list[str], liars: dict[str, Fault], seen: S
     await asyncio.gather(*(node.transport.close() for node in swarm.peers.values()), return_exceptions=True)
 
 
-def _judge(swarm: Swarm, honest: list[str], liars: dict[str, Fault], seen: Seen) -> None:
+def judge_run(swarm: Swarm, honest: Sequence[str], unwelcome: Mapping[str, float], seen: Seen) -> None:
+    """Add to `seen` whatever the run's versions and histories should not have."""
     chain = ChainFile.open(swarm.coordinator_home).chain
     seen.versions = chain.height
-    ids = {swarm.identities[name].peer_id: fault for name, fault in liars.items()}
     for entry in chain.entries[1:]:
         assert entry.plan is not None
         assert entry.seal is not None
@@ -141,9 +147,8 @@ def _judge(swarm: Swarm, honest: list[str], liars: dict[str, Fault], seen: Seen)
         for name in honest:
             if swarm.identities[name].peer_id not in sealed:
                 seen.wrong.append(f"version {manifest.version} is without {name}")
-        for peer in sealed & ids.keys():
-            first = manifest.version == 1 and ids[peer] in REPLAYS
-            if ids[peer] not in HARMLESS and not first:
+        for peer in sealed & unwelcome.keys():
+            if manifest.version >= unwelcome[peer]:
                 share = _share(plan, peer, sealed)
                 seen.wrong.append(f"version {manifest.version} has the attacker's contribution, {share:.0%} of it")
         if not np.isfinite(list(manifest.metrics.values())).all():
@@ -180,7 +185,7 @@ def _expected(swarm: Swarm, plan: pb.RoundPlan, seal: pb.Seal) -> list[bytes]:
     return [reference.span_root(b"".join(chunks[span.first : span.first + span.chunks])) for span in plan.reducers]
 
 
-def _named(swarm: Swarm, peer: str, logs: Sequence[Any]) -> set[str]:
+def named(swarm: Swarm, peer: str, logs: Sequence[Any]) -> set[str]:
     """Where somebody who looks for the culprit finds it."""
     found = {f"log: {entry['error']}" for entry in logs if entry["event"] == "rejected" and entry["peer"] == peer}
     leases: dict[int, str] = {}
@@ -198,6 +203,10 @@ def _named_in(record: Record, peer: str, leases: dict[int, str]) -> set[str]:
             return {"lease expired"}
         case "contribution_rejected" if record["peer"] == peer:
             return {"contribution rejected"}
+        case "senders" if peer in record["refused"]:
+            return {"a reducer's report"}
+        case "banned" if record["peer"] == peer:
+            return {"banned by proof"}
     return set()
 
 
