@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hivegrpo.coordinator.events import LeaseGranted, PlanMade, VersionCommitted
+from hivegrpo.peer.learn.learner import Learner
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.config import RunConfig
 from hivegrpo.protocol.envelope import parse
@@ -40,6 +41,21 @@ def small_run(codec: str, versions: int) -> RunConfig:
     )
 
 
+@pytest.fixture(scope="module")
+def learners() -> Iterator[list[Learner]]:
+    """Of three peers; they know nothing of the run's codec."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        from addition import open_learner, task_problems
+
+    config = small_run("fp32", versions=3)
+    train, _ = task_problems(config, 2000)
+    opened = [open_learner(config, train) for _ in range(3)]
+    yield opened
+    for learner in opened:
+        learner.close()
+
+
 def test_no_held_out_problem_is_trained_on_in_either_order() -> None:
     from addition import task_config, task_problems
 
@@ -61,37 +77,29 @@ def test_no_held_out_problem_is_trained_on_in_either_order() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("codec", ["mxint8", "mxfp4"])
-def test_its_swarm_makes_the_states_of_a_real_one(tmp_path: Path, codec: str) -> None:
+def test_its_swarm_makes_the_states_of_a_real_one(learners: list[Learner], tmp_path: Path, codec: str) -> None:
     """Bit by bit, from the leases that the real coordinator gave, in the order of its plans; residuals included."""
-    from addition import FOLDER, open_learner, task_problems
+    from addition import FOLDER
     from direct_swarm import DirectSwarm, Share
     from memory_swarm import history
 
     config = small_run(codec, versions=3)
-    train, _ = task_problems(config, 2000)
-    learners = [open_learner(config, train) for _ in range(3)]
-    try:
-        events = history(config, learners, FOLDER / "starter", SECONDS)
-        leases = {
-            lease.id: range(lease.start, lease.start + lease.count)
-            for event in events
-            if isinstance(event, LeaseGranted)
-            for lease in [parse(pb.Lease, event.payload)]
-        }
-        plans = [parse(pb.RoundPlan, event.payload) for event in events if isinstance(event, PlanMade)]
-        roots = [
-            parse(pb.VersionManifest, event.payload).state.root
-            for event in events
-            if isinstance(event, VersionCommitted)
-        ]
-        swarm = DirectSwarm(config, learners[0], tmp_path)
-        assert [swarm.state_root] == roots[:1]
-        for plan, root in zip(plans, roots[1:], strict=True):
-            swarm.advance([Share(one.peer, one.lease, leases[one.lease]) for one in plan.contributors])
-            assert swarm.state_root == root
-    finally:
-        for learner in learners:
-            learner.close()
+    events = history(config, learners, FOLDER / "starter", SECONDS)
+    leases = {
+        lease.id: range(lease.start, lease.start + lease.count)
+        for event in events
+        if isinstance(event, LeaseGranted)
+        for lease in [parse(pb.Lease, event.payload)]
+    }
+    plans = [parse(pb.RoundPlan, event.payload) for event in events if isinstance(event, PlanMade)]
+    roots = [
+        parse(pb.VersionManifest, event.payload).state.root for event in events if isinstance(event, VersionCommitted)
+    ]
+    swarm = DirectSwarm(config, learners[0], tmp_path)
+    assert [swarm.state_root] == roots[:1]
+    for plan, root in zip(plans, roots[1:], strict=True):
+        swarm.advance([Share(one.peer, one.lease, leases[one.lease]) for one in plan.contributors])
+        assert swarm.state_root == root
     assert len(roots) == 4
     assert sorted(leases) == list(range(1, 10))
 
