@@ -258,7 +258,8 @@ def act(machine: Machine, dice: random.Random, peer: str) -> None:
         if state.members[peer].lease is None:
             machine.ready(peer, version=version, root=root)
         else:
-            returned = [0] if dice.random() < 0.3 and machine.lease(peer).count > 1 else []
+            count = machine.lease(peer).count
+            returned = [count - 1] if dice.random() < 0.3 and count > 1 else []
             assert machine.report(peer, machine.contribution(peer, returned=returned)).accepted
     elif state.phase is Phase.EXCHANGE:
         attempt, silent = state.round.attempt, dice.sample(machine.peers, dice.choice([0, 0, 0, 1]))
