@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.invariants import assert_invariants
 from support.runs import IntegerLearner, signed_run, small_config
-from support.streams import forever, on_serving, on_stream
+from support.streams import forever, on_serving, on_stream, only_pushes
 from support.swarm import Swarm, Wrap
 
 from hivegrpo.coordinator.events import AttemptFailed, ContributionRejected, VersionCommitted
@@ -145,6 +145,11 @@ def test_a_reducer_that_dies_before_it_reports_is_not_in_the_next_attempt(bed: B
     assert bed.rejected() == {bed.peer(REDUCER): "peer lost"}
 
 
+def serving_spans(change: Callable[[StreamHandler], StreamHandler]) -> Wrap:
+    """A fault in how spans are served, all of them on streams of their own."""
+    return lambda transport: on_serving("span", change)(on_serving("push", only_pushes)(transport))
+
+
 def test_a_reducer_that_dies_after_its_report_is_not_in_the_next_attempt(bed: Bed) -> None:
     def dying(_: StreamHandler) -> StreamHandler:
         async def handler(_: Stream) -> None:
@@ -153,7 +158,7 @@ def test_a_reducer_that_dies_after_its_report_is_not_in_the_next_attempt(bed: Be
 
         return handler
 
-    bed.play({REDUCER: on_serving("span", dying)})
+    bed.play({REDUCER: serving_spans(dying)})
     assert bed.version() == (2, {"b", "c", "d"}, {"b", "c", "d"})
     assert bed.culprits() == [(bed.peer(REDUCER),)]
 
@@ -172,7 +177,7 @@ def test_a_reducer_that_dies_after_serving_one_peer_costs_no_attempt(bed: Bed, s
 
         return serve
 
-    bed.play({REDUCER: on_serving("span", dying)})
+    bed.play({REDUCER: serving_spans(dying)})
     assert bed.version() == (1, {"a", "b", "c"}, {"a", "b", "c", "d"})
     assert bed.culprits() == []
 
@@ -220,7 +225,7 @@ def test_a_reducer_that_serves_one_peer_and_keeps_the_rest_waiting_costs_no_atte
 
         return serve
 
-    bed.play({REDUCER: on_serving("span", stalling)})
+    bed.play({REDUCER: serving_spans(stalling)})
     assert bed.version() == (1, {"a", "b", "c"}, {"a", "b", "c", "d"})
 
 

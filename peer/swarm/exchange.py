@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -185,11 +186,12 @@ class Exchange:
             ack = parse(pb.Ack, await stream.receive(MAX_HEADER_BYTES, timeout=self.plan.message.exchange_seconds))
             if not ack.accepted:
                 raise RemoteError(f"the reducer refused the push: {ack.reason[:200]}")
-            await stream.send(pb.SpanRequest(plan=self.plan.digest, span=index).SerializeToString())
         except BaseException:
             await stream.close()
             raise
         self._lines[index] = stream
+        with suppress(RemoteError):  # then it is asked for again after the seal
+            await stream.send(pb.SpanRequest(plan=self.plan.digest, span=index).SerializeToString())
 
     async def _obtain(self, index: int, seal: Opened[pb.Seal]) -> None:
         if self.reducer is not None and index == self.reducer.span:
@@ -201,12 +203,13 @@ class Exchange:
         layout = SpanLayout.of(self.plan.message, index)
         first = self.plan.message.reducers[index].peer
         sources = cycle([first, *self._others(first)])
+        half, began = self.plan.message.step_seconds / 2, time.perf_counter()  # the rest is time to ask others
 
         async def fetch() -> None:
-            source = next(sources)
-            line = self._lines.pop(index, None) if source == first else None
-            async with line or await self._request_span(source, index) as stream:
-                span = await self._receive_span(stream, index, layout, seal)
+            stream = self._lines.pop(index, None) or await self._request_span(next(sources), index)
+            spent = time.perf_counter() - began if stream.remote == first else 0.0
+            async with stream:
+                span = await self._receive_span(stream, index, layout, seal, max(half - spent, RETRY_SECONDS))
             await self._keep(index, span)
 
         await self._retry(fetch, self.plan.message.step_seconds)
@@ -245,8 +248,9 @@ class Exchange:
             raise
         return stream
 
-    async def _receive_span(self, stream: Stream, index: int, layout: SpanLayout, seal: Opened[pb.Seal]) -> Span:
-        patience = self.plan.message.step_seconds / 2  # then there is time to ask others
+    async def _receive_span(
+        self, stream: Stream, index: int, layout: SpanLayout, seal: Opened[pb.Seal], patience: float
+    ) -> Span:
         reducer = self.plan.message.reducers[index].peer
         signed = parse(pb.Signed, await stream.receive(MAX_RECEIPT_BYTES, patience))
         receipt = open_signed(signed, self._run_id, pb.SpanReceipt, reducer).message

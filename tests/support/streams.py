@@ -39,6 +39,22 @@ def on_serving(name: str, change: Callable[[StreamHandler], StreamHandler]) -> C
     return wrap
 
 
+def only_pushes(handler: StreamHandler) -> StreamHandler:
+    """A fault: a stream ends with the push's Ack, so that the span has to be asked for on a stream of its own."""
+
+    async def serve(stream: Stream) -> None:
+        send = stream.send
+
+        async def sending(frame: bytes | memoryview, timeout: float = 30.0) -> None:
+            await send(frame, timeout)
+            await stream.close()
+
+        stream.send = sending  # type: ignore[method-assign]  # the fault
+        await handler(stream)
+
+    return serve
+
+
 async def forever(_: object = None) -> None:
     """What never happens; only a cancellation ends it."""
     await asyncio.Event().wait()
