@@ -1,11 +1,11 @@
 """Attacks on the averaging layer, at full size; writes the table in docs/security.md: `make bench-attacks`.
 
-PYTHONPATH=tests .venv/bin/python benchmarks/attacks.py [--only WORD] [--print]
+PYTHONPATH=tests .venv/bin/python benchmarks/attacks.py [--only WORDS]
 
 Against the wire and by reducing: a real coordinator and real peers on the in-memory network, 5 of them with one
 byzantine, 8 with one, and 8 with a quarter; then once more, 5 with one, without the check that holds the attack off.
 By value: rounds of the real exchange among 8 peers. Exits with 1 if an attack did what it should not, or if a control
-run was not ruined.
+run was not ruined. Each line is written as soon as it is measured.
 """
 
 import argparse
@@ -34,6 +34,8 @@ PACE = 2.0
 """Times of a round, over those of the tests: no honest peer may be late, however busy the machine is."""
 
 LEAST_COSINE = 0.8
+LINEAR_RULES = ("mean", "clip")
+"""Rules that add a multiple of each contribution; with the others a contribution has no part of its own."""
 
 
 @dataclass(frozen=True)
@@ -103,30 +105,46 @@ SWARM_CASES: dict[str, Callable[[], Iterator[Case]]] = {
 """By the title of their table."""
 
 
-def swarm_table(cases: list[Case]) -> tuple[list[str], bool]:
+@dataclass(frozen=True)
+class Row:
+    """A line of a table, still to be measured."""
+
+    key: tuple[str, ...]
+    """The first cells, by which a line is found again."""
+    measure: Callable[[], tuple[list[str], bool]]
+    """The other cells, and whether they are as they should be."""
+
+    @property
+    def start(self) -> str:
+        return f"| {' | '.join(self.key)} | "
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    head: str
+    rows: list[Row]
+
+
+def swarm_table(title: str, cases: Iterator[Case]) -> Table:
     beds = "".join(f" {peers} peers, {bad} byzantine |" for peers, bad in BEDS)
-    lines = [f"| attack |{beds} named in | most memory | with the defence off |", "|---|" + "---|" * (len(BEDS) + 3)]
-    good = True
-    for case in cases:
-        runs = [_run(case, peers, bad, SECONDS) for peers, bad in BEDS]
-        control = _control(case)
-        named = sorted(set.intersection(*(set(_places(seen)) for seen in runs)))
-        passed = (
-            not any(seen.wrong for seen in runs)
-            and (bool(named) or not case.is_named)
-            and (control is None or bool(control.wrong))
-        )
-        good = good and passed
-        cells = [
-            case.name,
-            *("; ".join(seen.wrong) or "exact" for seen in runs),
-            "; ".join(named) or ("**nowhere**" if case.is_named else ""),
-            f"{max(seen.memory for seen in runs) / (1 << 20):.0f} MiB",
-            "no single check to leave out" if control is None else "; ".join(control.wrong) or "**not ruined**",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-        print("" if passed else "FAILED ", lines[-1], sep="", file=sys.stderr, flush=True)
-    return lines, good
+    head = f"| attack |{beds} named in | most memory | with the defence off |"
+    return Table(title, head, [Row((case.name,), lambda case=case: _stand(case)) for case in cases])
+
+
+def _stand(case: Case) -> tuple[list[str], bool]:
+    runs = [_run(case, peers, bad, SECONDS) for peers, bad in BEDS]
+    control = _control(case)
+    named = sorted(set.intersection(*(_places(seen) for seen in runs)))
+    ruined = "no single check to leave out" if control is None else "; ".join(control.wrong)
+    cells = [
+        *("; ".join(seen.wrong) or "exact" for seen in runs),
+        "; ".join(named),
+        f"{max(seen.memory for seen in runs) / (1 << 20):.0f} MiB",
+        ruined or "not ruined",
+    ]
+    passed = not any(seen.wrong for seen in runs) and (bool(named) or not case.is_named) and bool(ruined)
+    return cells, passed
 
 
 def _run(case: Case, peers: int, bad: int, seconds: float) -> Seen:
@@ -147,18 +165,24 @@ def _places(seen: Seen) -> set[str]:
     return set.intersection(*(set(places) for places in seen.named.values()))
 
 
-async def value_table(rules: list[str]) -> tuple[list[str], bool]:
-    lines = ["| rule | attack | attackers of 8 | cosine to the honest mean | reach |", "|---|---|---|---|---|"]
-    good = True
-    async with Ring.open() as ring:
-        for rule in rules:
-            for name in ATTACKS:
-                for attackers in (1, 2):
-                    seen = await pull(ring, rule, name, attackers)
-                    good = good and _stands(seen)
-                    lines.append(f"| {rule} | {name} | {attackers} | {seen.cosine:.3f} | {seen.reach:.2f} |")
-                    print(lines[-1], file=sys.stderr, flush=True)
-    return lines, good
+def value_table(rules: list[str]) -> Table:
+    rows = [
+        Row((rule, name, str(attackers)), lambda case=(rule, name, attackers): _pull(*case))
+        for rule in rules
+        for name in ATTACKS
+        for attackers in (1, 2)
+    ]
+    return Table("By value", "| rule | attack | attackers of 8 | cosine to the honest mean | reach |", rows)
+
+
+def _pull(rule: str, name: str, attackers: int) -> tuple[list[str], bool]:
+    async def play() -> Pull:
+        async with Ring.open() as ring:
+            return await pull(ring, rule, name, attackers)
+
+    seen = asyncio.run(play())
+    reach = f"{seen.reach:.2f}" if rule in LINEAR_RULES else ""
+    return [f"{seen.cosine:.3f}", reach], _stands(seen)
 
 
 def _stands(seen: Pull) -> bool:
@@ -166,39 +190,41 @@ def _stands(seen: Pull) -> bool:
     return seen.rule != "clip" or (not seen.exceeds and (seen.attackers > 1 or seen.cosine >= LEAST_COSINE))
 
 
-def page(tables: dict[str, list[str]]) -> str:
-    parts = [f"### {title}\n\n{ABOUT[title]}\n\n" + "\n".join(lines) for title, lines in tables.items()]
-    return "\n\n".join(parts)
-
-
-def write(text: str) -> None:
-    """Between the page's two markers."""
-    whole = PAGE.read_text()
-    head, _, rest = whole.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    if not tail:
+def measured() -> tuple[str, list[str], str]:
+    """The page before its tables, their lines, and the page after them."""
+    head, begin, rest = PAGE.read_text().partition(BEGIN)
+    tables, end, tail = rest.partition(END)
+    if not begin or not end:
         raise SystemExit(f"{PAGE} lacks the lines {BEGIN} and {END}")
-    PAGE.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}")
+    return head, tables.splitlines(), tail
+
+
+def write(tables: list[Table], new: dict[str, str]) -> None:
+    """The page with lines that are `new`, by their start, in the place of older ones; other lines stay."""
+    head, old, tail = measured()
+    parts = []
+    for table in tables:
+        lines = {row.start: line for row in table.rows for line in old if line.startswith(row.start)}
+        lines |= {row.start: new[row.start] for row in table.rows if row.start in new}
+        rows = [lines[row.start] for row in table.rows if row.start in lines]
+        rule = "|" + "---|" * (table.head.count("|") - 1)
+        parts.append("\n".join([f"### {table.title}", "", ABOUT[table.title], "", table.head, rule, *rows]))
+    PAGE.write_text(f"{head}{BEGIN}\n\n{chr(10).join(f'{part}{chr(10)}' for part in parts)}\n{END}{tail}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="attacks whose name contains this; prints, and writes nothing")
-    parser.add_argument("--print", action="store_true", help="print the tables instead of writing the page")
+    parser.add_argument("--only", default="", help="attacks whose name contains this; other lines of the page stay")
     options = parser.parse_args()
-    tables: dict[str, list[str]] = {}
-    good = True
-    for title, cases in SWARM_CASES.items():
-        chosen = [case for case in cases() if options.only in case.name]
-        tables[title], passed = swarm_table(chosen)
+    tables = [swarm_table(title, cases()) for title, cases in SWARM_CASES.items()]
+    tables.append(value_table(list(RULES)))
+    good, new = True, dict[str, str]()
+    for row in [row for table in tables for row in table.rows if options.only in " ".join(row.key)]:
+        cells, passed = row.measure()
         good = good and passed
-    if not options.only:
-        tables["By value"], passed = asyncio.run(value_table(list(RULES)))
-        good = good and passed
-    if options.print or options.only:
-        print(page(tables))
-    else:
-        write(page(tables))
+        new[row.start] = row.start + " | ".join(cells) + " |"
+        print("" if passed else "FAILED ", new[row.start], sep="", file=sys.stderr, flush=True)
+        write(tables, new)
     sys.exit(0 if good else 1)
 
 

@@ -12,6 +12,7 @@ import torch
 from google.protobuf.message import Message
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from support.evidence import Evidence
 from support.machine import Machine
 from support.mutation import EXAMPLES, damaged, mutated
 
@@ -21,6 +22,7 @@ from hivegrpo.coordinator.state import State
 from hivegrpo.peer.swarm.codecs.base import Codec
 from hivegrpo.peer.swarm.codecs.registry import CODECS
 from hivegrpo.peer.swarm.codecs.vectors import decode_vector
+from hivegrpo.peer.swarm.faults import judge
 from hivegrpo.peer.swarm.reducer import SpanLayout
 from hivegrpo.protocol import checks
 from hivegrpo.protocol import hivegrpo_pb2 as pb
@@ -295,11 +297,39 @@ def test_logged_events(random: Random) -> None:
         ev.decode_event(name, json.dumps(_shaken(json.loads(body), random)).encode())
 
 
+CASE = Evidence()
+PROOFS = {
+    "wrong span": (CASE.wrong_span(), {CASE.peer(0)}),
+    "covered span": (CASE.covered_span(), {CASE.peer(0), CASE.peer(3)}),
+    "two receipts": (CASE.two_receipts(), {CASE.peer(0)}),
+    "wrong push": (CASE.wrong_push(), {CASE.peer(3)}),
+}
+"""With who may be found guilty by them; the others have signed nothing wrong."""
+
+
+@pytest.mark.parametrize("name", PROOFS)
+@settings(fuzzed, max_examples=max(10, EXAMPLES // 2))
+@given(randoms)
+def test_proofs_of_fault(name: str, random: Random) -> None:
+    """Changed anywhere, by a coordinator that signs anything: a WireError, or a verdict on none but the guilty."""
+    proof, guilty = PROOFS[name]
+    changed = mutated(proof, random)
+    with only(WireError):
+        assert {peer for peer, _ in judge(changed.SerializeToString(), CASE.run_id)} <= guilty
+    for field, kind in (("plan", pb.RoundPlan), ("seal", pb.Seal)):
+        if proof.HasField(field) and random.random() < 0.7:
+            inner = mutated(parse(kind, getattr(proof, field).payload), random)
+            getattr(changed, field).CopyFrom(sign(CASE.coordinator, CASE.run_id, inner))
+    with only(WireError):
+        assert {peer for peer, _ in judge(changed.SerializeToString())} <= guilty
+
+
 REPORTS = [
     pb.Ready(version=1, state_root=bytes([1]) * 32),
     CHECKS["contribution"][0],
     CHECKS["sender report"][0],
     vote(),
+    pb.AuditReport(plan=bytes(32), seal=bytes(32), span=0, content=bytes(32)),
     pb.Leave(reason="x"),
 ]
 
@@ -312,7 +342,7 @@ def test_reports_from_members(random: Random) -> None:
     for _ in range(10):
         peer = random.choice(machine.peers)
         message = random.choice(REPORTS)
-        if isinstance(message, pb.SenderReport | pb.StepReport) and random.random() < 0.8:
+        if isinstance(message, pb.SenderReport | pb.StepReport | pb.AuditReport) and random.random() < 0.8:
             message.plan = machine.state.round.attempt.digest if machine.state.round.attempt else bytes(32)
         with only(WireError):
             machine.report(peer, mutated(message, random))
