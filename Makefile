@@ -1,4 +1,4 @@
-.PHONY: install test parity lint demo bench bench-solo bench-learning bench-quality bench-memory proto
+.PHONY: install test parity lint demo bench bench-solo bench-learning bench-quality bench-memory bench-codecs proto
 .DEFAULT_GOAL := install
 
 PYTHON ?= python3
@@ -49,6 +49,9 @@ bench-quality: install  ## what the codecs cost in accuracy, on the demo's task
 
 bench-memory: install  ## peak memory of log-probabilities, against torch's
 	$(BIN)/python benchmarks/memory.py
+
+bench-codecs: install  ## what the codecs lose, and how fast they are
+	$(BIN)/python benchmarks/codecs.py
 
 proto: install  ## protocol/hivegrpo_pb2.py and .pyi, which are committed, from hivegrpo.proto
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iprotocol --python_out=protocol --mypy_out=protocol hivegrpo.proto

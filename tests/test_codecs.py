@@ -369,6 +369,7 @@ def test_chunks_of_another_size_are_refused(codec: Codec, values: int, change: i
         ("mxfp4", bytes([1, 0]) + bytes([0x5D]) + bytes(16), 33, "too large"),
         ("mxfp4", bytes([0, 0]) + bytes(16) + bytes([0x10]), 33, "half byte"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bytes_that_no_encoder_makes_are_refused(name: str, data: bytes, values: int, reason: str) -> None:
     codec = get_codec(name)

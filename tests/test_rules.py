@@ -6,7 +6,7 @@ from math import isqrt
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -85,6 +85,16 @@ def test_trimmed_mean_worked_by_hand() -> None:
     (result,) = reduce(TrimmedMean(), peers, [1, 2, 6, 1])
     assert result.tolist() == [4.0, 3.0, 0.0]
     assert str(result[2].item()) == "-0.0"
+
+
+@quickly
+@given(ordinary, st.lists(st.integers(1, 1 << 30), min_size=1, max_size=12))
+@example(2.0**-149, [1, 1, 1])
+@example(0.1, [1, 2, 4])
+def test_where_all_agree_the_trimmed_mean_agrees_bit_for_bit(value: float, weights: list[int]) -> None:
+    """However the products and the shares were rounded."""
+    (result,) = reduce(TrimmedMean(), [[torch.tensor([value])] for _ in weights], weights)
+    assert torch.equal(result.view(torch.int32), torch.tensor([value]).view(torch.int32))
 
 
 def test_centered_clip_worked_by_hand() -> None:
