@@ -42,6 +42,9 @@ bench: install  ## averaging, against hivemind's
 bench-wan: install  ## rounds over 20 Mbit/s uplinks, in network namespaces; needs root
 	$(BIN)/python benchmarks/wan.py
 
+bench-codecs: install  ## what encodings of a gradient cost: error, size, speed
+	$(BIN)/python benchmarks/codecs.py
+
 bench-solo: install  ## a step that one machine makes alone, against TRL's
 	$(BIN)/python benchmarks/solo.py
 
