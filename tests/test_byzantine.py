@@ -34,7 +34,7 @@ def test_every_fault_is_tried() -> None:
 
 @pytest.mark.parametrize(
     "faults",
-    [AT_THE_COORDINATOR, AT_THE_REDUCERS, IN_FP32, AGAIN, BESIDE_THE_ROUND],
+    [AT_THE_COORDINATOR, AT_THE_REDUCERS, IN_FP32, pytest.param(AGAIN, marks=pytest.mark.slow), BESIDE_THE_ROUND],
     ids=["coordinator", "reducers", "fp32", "again", "beside"],
 )
 def test_the_version_is_the_rule_over_the_honest_and_the_culprits_are_named(
