@@ -269,7 +269,7 @@ class Volunteer:
             state_root=root,
             receipts=[span.receipt.signature for span in spans],
             seconds=exchange.span_seconds,
-            dots=exchange.dots,
+            dots=exchange.reducer.dots if exchange.reducer is not None else (),
             metrics={
                 "seconds/exchange": exchange.seconds,
                 "seconds/step": time.perf_counter() - exchange.began - exchange.seconds,

@@ -20,25 +20,32 @@ from hivegrpo.coordinator.log import LOG_FILE, EventLog
 from hivegrpo.coordinator.state import State, Terms
 from hivegrpo.peer.swarm.codecs.registry import get_codec
 from hivegrpo.peer.swarm.codecs.vectors import decode_vector, encode_vector
-from hivegrpo.peer.swarm.evidence import span_dots
+from hivegrpo.peer.swarm.evidence import SpanDots
+from hivegrpo.peer.swarm.reducer import reduce_span
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.coefficients import norm_bytes
 from hivegrpo.protocol.identity import Identity
+from hivegrpo.protocol.scalars import fp32_bits
 from hivegrpo.protocol.transport.base import Stream
 
 VALUES = 40_000
-CHUNKS = (16_384, 16_384, 7_232)
 
 
-def test_inner_products_are_those_of_the_decoded_vectors() -> None:
+@pytest.mark.parametrize("rule", ["mean", "centered_clip"])
+def test_inner_products_are_those_of_the_decoded_vectors(rule: str) -> None:
     codec = get_codec("mxint8")
     generator = torch.Generator().manual_seed(3)
-    encoded = {peer: encode_vector(codec, torch.randn(VALUES, generator=generator)) for peer in "abr"}
+    encoded = {peer: encode_vector(codec, torch.randn(VALUES, generator=generator)) for peer in "ab"}
     decoded = {peer: decode_vector(codec, b"".join(chunks), VALUES).double() for peer, chunks in encoded.items()}
-    seal = pb.Seal(contributors=[pb.Sealed(peer="a"), pb.Sealed(peer="b")])
-    found = span_dots("mxint8", CHUNKS, seal, encoded, b"".join(encoded["r"]))
-    expected = [float(decoded[peer] @ decoded["r"]) for peer in "abr"]
-    assert found == pytest.approx(expected, rel=1e-12)  # float64, and another order of summation
+    plan = pb.RoundPlan(codec="mxint8", rule=rule, values=VALUES, reducers=[pb.Reducer(first=0, chunks=3)])
+    seal = pb.Seal(contributors=[pb.Sealed(peer=peer, coefficient=fp32_bits(0.5)) for peer in "ab"])
+    evidence = SpanDots(2)
+    data = reduce_span(plan, 0, seal, encoded, evidence.add)
+    assert data == reduce_span(plan, 0, seal, encoded)
+    result = decode_vector(codec, data, VALUES).double()
+    expected = [float(decoded[peer] @ result) for peer in "ab"] + [float(result @ result)]
+    # The evidence is of the result before its encoding, which rounds to 2^-7 of a block's largest value at worst.
+    assert evidence.dots == pytest.approx(expected, rel=2**-7)
 
 
 def test_evidence_by_hand() -> None:

@@ -1,29 +1,23 @@
 """What a reducer tells of the contributions to its span: how far each points where the result does."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import torch
-
-from hivegrpo.peer.swarm.codecs.registry import get_codec
-from hivegrpo.protocol import hivegrpo_pb2 as pb
+import numpy as np
+from torch import Tensor
 
 
-def span_dots(
-    codec_name: str, values: Sequence[int], seal: pb.Seal, chunks: Mapping[str, Sequence[bytes]], result: bytes
-) -> list[float]:
-    """<x_i, y> of each sealed contribution x_i with the reduced span y, in the seal's order, and at last <y, y>.
+class SpanDots:
+    """Inner products over a span, added up chunk by chunk while it is reduced.
 
-    `values` are the numbers of values in the span's chunks, `chunks` the encoded ones by peer, `result` the span's
-    encoded bytes. In float64, over the decoded values. Evidence for people: nothing that is hashed depends on it.
+    `dots` has <x_i, y> of each sealed contribution x_i with the result y, before its encoding, in the seal's order, and
+    at last <y, y>; in float64. Evidence for people: nothing that is hashed depends on it.
     """
-    codec = get_codec(codec_name)
-    dots = [0.0] * (len(seal.contributors) + 1)
-    start = 0
-    for index, count in enumerate(values):
-        size = codec.encoded_size(count)
-        reduced = codec.decode(result[start : start + size], count).double()
-        start += size
-        for place, sealed in enumerate(seal.contributors):
-            dots[place] += float(torch.dot(codec.decode(chunks[sealed.peer][index], count).double(), reduced))
-        dots[-1] += float(torch.dot(reduced, reduced))
-    return dots
+
+    def __init__(self, contributors: int) -> None:
+        self.dots = [0.0] * (contributors + 1)
+
+    def add(self, chunks: Sequence[Tensor], reduced: Tensor) -> None:
+        """One chunk: what the contributors have there, and what the rule makes of it."""
+        result = reduced.numpy().astype(np.float64)
+        for place, chunk in enumerate((*chunks, reduced)):
+            self.dots[place] += float(np.dot(chunk.numpy().astype(np.float64), result))

@@ -71,8 +71,6 @@ class Exchange:
         """From the plan until all spans are here."""
         self.span_seconds = [0.0] * len(plan.message.reducers)
         """That each span took to come from its reducer; 0 for the own, and from others."""
-        self.dots: list[float] = []
-        """Of the own span, as `SpanReducer.dots` has them; filled before `collect` returns."""
         self.bytes_sent = 0
         self.bytes_received = 0
         self._on_bad_push = on_bad_push
@@ -195,10 +193,7 @@ class Exchange:
 
     async def _obtain(self, index: int, seal: Opened[pb.Seal]) -> None:
         if self.reducer is not None and index == self.reducer.span:
-            span = await self._reduce(self.reducer, seal)
-            await self._keep(index, span)
-            loop = asyncio.get_running_loop()
-            self.dots = await loop.run_in_executor(self._worker, self.reducer.dots, seal.message, span.data)
+            await self._keep(index, await self._reduce(self.reducer, seal))
             return
         layout = SpanLayout.of(self.plan.message, index)
         first = self.plan.message.reducers[index].peer

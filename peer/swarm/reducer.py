@@ -2,14 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from hivegrpo.peer.swarm.codecs.base import Codec
 from hivegrpo.peer.swarm.codecs.registry import get_codec
-from hivegrpo.peer.swarm.evidence import span_dots
+from hivegrpo.peer.swarm.evidence import SpanDots
 from hivegrpo.peer.swarm.rules.registry import get_rule
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.checks import MAX_REFUSED_REASON
@@ -72,6 +72,7 @@ class SpanReducer:
         self._receiving: set[str] = set()
         self._seconds: dict[str, float] = {}
         self._refused: dict[str, str] = {}
+        self.dots: list[float] = []
         self.all_complete = asyncio.Event()
 
     async def receive(self, stream: Stream, header: Opened[pb.PushHeader]) -> None:
@@ -133,10 +134,6 @@ class SpanReducer:
         if sender in self._roots:
             self._refused[sender] = reason[:MAX_REFUSED_REASON]
 
-    def dots(self, seal: pb.Seal, result: bytes) -> list[float]:
-        """See `span_dots`; of the sealed senders' chunks and the reduced span."""
-        return span_dots(self.plan.message.codec, self.layout.values, seal, self._chunks, result)
-
     def chunks_of(self, sender: str) -> list[bytes] | None:
         """A sender's chunks, if they are all here."""
         return self._chunks.get(sender)
@@ -146,8 +143,11 @@ class SpanReducer:
         return all(sealed.peer in self._chunks for sealed in seal.contributors)
 
     def reduce(self, seal: pb.Seal) -> bytes:
-        """The span's bytes, from the sealed senders' chunks."""
-        return reduce_span(self.plan.message, self.span, seal, self._chunks)
+        """The span's bytes, from the sealed senders' chunks. `dots` is filled on the way (`SpanDots`)."""
+        evidence = SpanDots(len(seal.contributors))
+        data = reduce_span(self.plan.message, self.span, seal, self._chunks, evidence.add)
+        self.dots = evidence.dots
+        return data
 
     async def _norm_squared(self, chunks: list[bytes]) -> int:
         """In the event loop, which takes its turn after each chunk: a thread would wait for it with every operation."""
@@ -164,16 +164,31 @@ class SpanReducer:
         return chunk
 
 
-def reduce_span(plan: pb.RoundPlan, span: int, seal: pb.Seal, chunks: Mapping[str, Sequence[bytes]]) -> bytes:
+def reduce_span(
+    plan: pb.RoundPlan,
+    span: int,
+    seal: pb.Seal,
+    chunks: Mapping[str, Sequence[bytes]],
+    on_chunk: Callable[[list[Tensor], Tensor], None] | None = None,
+) -> bytes:
     """A span's bytes: the plan's rule over the sealed senders' chunks (by peer id), encoded once.
 
-    A canonical function of committed bytes: whoever has the chunks gets the same bytes.
+    A canonical function of committed bytes: whoever has the chunks gets the same bytes. `on_chunk` is shown what the
+    contributors have in each chunk, in the seal's order, and the result.
     """
     codec, rule = get_codec(plan.codec), get_rule(plan.rule)
     coefficients = [fp32_from_bits(sealed.coefficient) for sealed in seal.contributors]
     values = SpanLayout.of(plan, span).values
+    latest: tuple[int, list[Tensor]] = -1, []
 
     def decode(index: int) -> list[Tensor]:
-        return [codec.decode(chunks[sealed.peer][index], values[index]) for sealed in seal.contributors]
+        nonlocal latest
+        latest = index, [codec.decode(chunks[sealed.peer][index], values[index]) for sealed in seal.contributors]
+        return latest[1]
 
-    return b"".join(map(codec.encode, rule.reduce(range(len(values)), decode, coefficients)))
+    parts = []
+    for index, reduced in enumerate(rule.reduce(range(len(values)), decode, coefficients)):
+        parts.append(codec.encode(reduced))
+        if on_chunk is not None:
+            on_chunk(latest[1] if latest[0] == index else decode(index), reduced)
+    return b"".join(parts)

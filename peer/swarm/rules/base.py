@@ -13,7 +13,7 @@ from torch import Tensor
 from hivegrpo.peer.floats import keep_subnormals
 
 Decode = Callable[[int], list[Tensor]]
-"""Chunk `index` of a span, as every sealed contributor has it, in roster order: fp32, 1-D, fresh at each call."""
+"""Chunk `index` of a span, as every sealed contributor has it, in roster order: fp32, 1-D; they stay as they are."""
 
 
 class Rule(ABC):
@@ -50,4 +50,4 @@ class ElementwiseRule(Rule):
 
     @abstractmethod
     def reduce_chunk(self, chunks: list[Tensor], coefficients: Sequence[float]) -> Tensor:
-        """One chunk from the same chunk of every contributor; may write into `chunks`."""
+        """One chunk, a new one, from the same chunk of every contributor; these stay as they are."""
