@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from hivegrpo.cli.coordinator_home import KEY_FILE, open_home
 from hivegrpo.cli.judge import judge_apart
 from hivegrpo.cli.network import Network, best_first
@@ -35,7 +37,7 @@ def launch(config: Path, flags: dict[str, Any], *, new: bool, as_json: bool, ver
     settings = CoordinatorConfig.load(**flags)
     run = RunConfig.load(config)
     with open_home(run, settings.home, new=new) as home:
-        asyncio.run(_run(home, settings, signals, as_json))
+        uvloop.run(_run(home, settings, signals, as_json))
 
 
 async def _run(home: Path, settings: CoordinatorConfig, signals: StopSignals, as_json: bool) -> None:

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from hivegrpo.cli.network import Network
 from hivegrpo.cli.output import Record, configure_logging, json_lines, short_lines
 from hivegrpo.cli.signals import StopSignals
@@ -24,7 +26,7 @@ def launch(address: str, flags: dict[str, Any], *, as_json: bool, verbose: bool)
     threads = settings.threads or fair_threads()
     # Before torch is imported: its pools take their size from here.
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    asyncio.run(_run(address, settings.model_copy(update={"threads": threads}), signals, as_json))
+    uvloop.run(_run(address, settings.model_copy(update={"threads": threads}), signals, as_json))
 
 
 async def _run(address: str, settings: PeerConfig, signals: StopSignals, as_json: bool) -> None:

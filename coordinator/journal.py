@@ -1,4 +1,4 @@
-"""Group commit: events that happen together are written together, and what follows from them waits for the disk."""
+"""Group commit: what happens while the disk is busy is written together; what follows from it waits for the disk."""
 
 import asyncio
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from hivegrpo.protocol.errors import ConfigError, RemoteError
 
 
 class Journal:
-    """Events of one pass of the event loop go into one transaction: a sync to disk costs ten milliseconds."""
+    """One transaction at a time, in a thread: a sync to disk takes milliseconds, in which the event loop goes on."""
 
     def __init__(self, log: EventLog, on_failure: Callable[[Exception], None]) -> None:
         """`on_failure` is called with what goes wrong, on disk or in an effect; nothing is written from then on."""
@@ -17,43 +17,53 @@ class Journal:
         self._on_failure = on_failure
         self._events: list[Event] = []
         self._effects: list[Callable[[], None]] = []
-        self._pending: asyncio.Future[None] | None = None
+        self._gathering: asyncio.Future[None] | None = None
+        """Done once the events that wait for the disk are written; None if there are none."""
+        self._writing: asyncio.Future[None] | None = None
+        """The same for those that are being written."""
+        self._writer: asyncio.Task[None] | None = None
         self._failed = False
 
     def add(self, event: Event, effect: Callable[[], None]) -> None:
         """Write `event` soon, in order, and call `effect` once it is on disk."""
         self._events.append(event)
         self._effects.append(effect)
-        if self._pending is None:
-            loop = asyncio.get_running_loop()
-            self._pending = loop.create_future()
-            loop.call_soon(self._flush)
+        if self._gathering is None:
+            self._gathering = asyncio.get_running_loop().create_future()
+        if self._writer is None:
+            self._writer = asyncio.create_task(self._write())
 
     @property
     def idle(self) -> bool:
         """Whether all that happened is on disk."""
-        return self._pending is None
+        return self._writer is None
 
     async def written(self) -> None:
         """Until everything added so far is on disk; RemoteError, for the peer that waits, if that fails."""
-        while self._pending is not None:
-            await asyncio.shield(self._pending)
+        pending = self._gathering or self._writing
+        if pending is not None:
+            await asyncio.shield(pending)
         if self._failed:
             raise RemoteError("the coordinator is stopping")
 
-    def _flush(self) -> None:
-        events, effects, pending = self._events, self._effects, self._pending
-        self._events, self._effects, self._pending = [], [], None
-        assert pending is not None
-        try:
-            if not self._failed:
-                self._log.append(events)
-                for effect in effects:
-                    effect()
-        except Exception as error:  # noqa: BLE001 - called by the event loop: nobody else would see it
-            self._failed = True
-            self._on_failure(_disk_error(error) if isinstance(error, OSError) else error)
-        pending.set_result(None)
+    async def _write(self) -> None:
+        while self._gathering is not None:
+            events, effects = self._events, self._effects
+            self._events, self._effects = [], []
+            written, self._gathering = self._gathering, None
+            self._writing = written
+            try:
+                if not self._failed:
+                    await asyncio.to_thread(self._log.append, events)
+                    for effect in effects:
+                        effect()
+            except Exception as error:  # noqa: BLE001 - of the disk or of an effect: nobody waits for this task
+                self._failed = True
+                self._on_failure(_disk_error(error) if isinstance(error, OSError) else error)
+            finally:
+                self._writing = None
+                written.set_result(None)
+        self._writer = None
 
 
 def _disk_error(error: OSError) -> ConfigError:

@@ -28,7 +28,7 @@ class EventLog:
         self.path = path
         self.run_id = run_id
         try:
-            self._database = sqlite3.connect(path, isolation_level=None)
+            self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         except sqlite3.Error as error:
             raise ConfigError(
                 f"Cannot open the event log {path}: {error}.", "Check the folder's permissions."

@@ -142,7 +142,8 @@ class Coordinator:
                 task.cancel()
             await asyncio.gather(*watched, return_exceptions=True)
             with suppress(RemoteError):
-                await self._journal.written()
+                while not self._journal.idle:
+                    await self._journal.written()
             await self._followers.close(CLOSE_SECONDS)
 
     def snapshot(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import uvloop
 from lines import say
 from sockets import keep_sockets_together
 
@@ -88,4 +89,4 @@ if __name__ == "__main__":
     keep_sockets_together()
     home, peers, values, versions, *more = sys.argv[1:]
     host, tables = more or ("127.0.0.1", "{}")
-    asyncio.run(main(Path(home), int(peers), int(values), int(versions), host, json.loads(tables)))
+    uvloop.run(main(Path(home), int(peers), int(values), int(versions), host, json.loads(tables)))

@@ -13,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
+import uvloop
 from lines import hear, say
 from sockets import keep_sockets_together
 from torch import Tensor
@@ -83,4 +84,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     home, *numbers = sys.argv[1:]
     with suppress(asyncio.CancelledError):
-        asyncio.run(main(PeerHome(Path(home)), *map(int, numbers)))
+        uvloop.run(main(PeerHome(Path(home)), *map(int, numbers)))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import uvloop
 from lines import hear, say
 from sockets import keep_sockets_together
 from torch import Tensor
@@ -102,4 +103,4 @@ if __name__ == "__main__":
     keep_sockets_together()
     torch.set_num_threads(1)
     home, rank, peers, values, host, rollout = sys.argv[1:]
-    asyncio.run(main(PeerHome(Path(home)), int(rank), int(peers), int(values), host, float(rollout)))
+    uvloop.run(main(PeerHome(Path(home)), int(rank), int(peers), int(values), host, float(rollout)))
