@@ -1,5 +1,6 @@
 """Where peers can be dialled, as far as anyone said."""
 
+import asyncio
 from collections.abc import Iterable
 from contextlib import suppress
 
@@ -9,6 +10,9 @@ from hivegrpo.protocol.transport.base import Stream, Transport
 
 MAX_KNOWN = 4096
 
+HEAD_START_SECONDS = 0.3
+"""How long the higher of two peer ids waits for the other's dial: longer than a packet takes anywhere."""
+
 
 class Directory:
     """Addresses by peer id; dials on the way to opening a stream. The transport proves who answers at an address."""
@@ -16,6 +20,8 @@ class Directory:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._addresses: dict[str, list[str]] = {}
+        self._awaited: dict[str, asyncio.Event] = {}
+        """Peers whose dial is waited for."""
         self._reached: set[str] = set()
         """Peers to which the last stream could be opened: asking for a connection again would be a round trip more."""
 
@@ -47,8 +53,29 @@ class Directory:
             self._reached.discard(peer_id)
             with suppress(RemoteError):
                 return self._has_reached(peer_id, await self._transport.open_stream(peer_id, name, timeout))
+        await self._let_dial(peer_id)
         await self.reach(peer_id, timeout)
         return self._has_reached(peer_id, await self._transport.open_stream(peer_id, name, timeout))
+
+    def met(self, peer_id: str) -> None:
+        """That peer has opened a stream to this one, so there is a connection."""
+        arrived = self._awaited.get(peer_id)
+        if arrived is not None:
+            arrived.set()
+
+    async def _let_dial(self, peer_id: str) -> None:
+        """Of two that want to reach each other, the one with the lower peer id dials first.
+
+        A plan tells both at the same moment. Where packets take a while, both dials would cross and fail, and so would
+        the next ones, for as long as libp2p's backoff on either side keeps step with the other's.
+        """
+        if self._transport.peer_id < peer_id:
+            return
+        arrived = self._awaited.setdefault(peer_id, asyncio.Event())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(HEAD_START_SECONDS):
+                await arrived.wait()
+        self._awaited.pop(peer_id, None)
 
     def _has_reached(self, peer_id: str, stream: Stream) -> Stream:
         if len(self._reached) >= MAX_KNOWN:

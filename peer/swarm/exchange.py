@@ -115,6 +115,7 @@ class Exchange:
 
     async def serve_push(self, stream: Stream, signed: pb.Signed) -> None:
         """Take a sender's chunks."""
+        self._directory.met(stream.remote)
         header = open_signed(signed, self._run_id, pb.PushHeader, signer=stream.remote)
         if self.reducer is None or header.message.span != self.reducer.span:
             raise StaleError("this peer does not reduce that span")
