@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +223,12 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_a_mistake() -> None:
     assert choose_device("auto") == "cpu"
     with pytest.raises(ConfigError, match="no GPU"):
         choose_device("cuda")
+
+
+def test_models_can_be_loaded_in_several_threads(tmp_path: Path) -> None:
+    save_model(tmp_path, tied=True)
+    with ThreadPoolExecutor(4) as threads:
+        loaded = list(threads.map(lambda _: load_policy(tmp_path, trainable="full"), range(24)))
+    loaded.append(load_policy(tmp_path, trainable="full"))
+    assert {name for policy in loaded for name, _ in policy.layout} == {name for name, _ in loaded[0].layout}
+    assert all("lm_head.weight" not in dict(policy.layout) for policy in loaded)

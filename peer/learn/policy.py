@@ -1,6 +1,7 @@
 """The policy: a model whose trainable parameters, an adapter's or its own, are one flat vector."""
 
 import importlib.util
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 Layout = list[tuple[str, tuple[int, ...]]]
 """Name and shape of each trainable parameter, in the order in which they follow each other in the vector."""
+
+
+_ONE_AT_A_TIME = threading.Lock()
+"""transformers patches its own functions while it makes a model: two threads at once would leave them patched."""
 
 
 class Policy:
@@ -66,16 +71,17 @@ class Policy:
         _require_bfloat16(model, device)
         disable_progress_bar()  # stderr is the daemon's log
         try:
-            base = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=getattr(torch, model.dtype),
-                attn_implementation=model.attn_implementation,
-                quantization_config=_quantization(model),
-                device_map=device if model.quantize is not None else None,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-            )
+            with _ONE_AT_A_TIME:
+                base = AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    dtype=getattr(torch, model.dtype),
+                    attn_implementation=model.attn_implementation,
+                    quantization_config=_quantization(model),
+                    device_map=device if model.quantize is not None else None,
+                    local_files_only=True,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                )
         except (OSError, ValueError) as error:
             raise ConfigError(f"The model in {folder} cannot be loaded: {error}", "Is the folder complete?") from None
         if model.quantize is None:
@@ -147,7 +153,8 @@ def describe_layout(folder: Path, model: ModelSection, lora: LoraSection) -> Lay
     require_built_in(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config)
+        with _ONE_AT_A_TIME:
+            base = AutoModelForCausalLM.from_config(config)
         return Policy(base, lora if model.trainable == "lora" else None).layout
 
 

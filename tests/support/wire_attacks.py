@@ -148,7 +148,9 @@ def judge_run(swarm: Swarm, honest: Sequence[str], unwelcome: Mapping[str, float
             if swarm.identities[name].peer_id not in sealed:
                 seen.wrong.append(f"version {manifest.version} is without {name}")
         for peer in sealed & unwelcome.keys():
-            if manifest.version >= unwelcome[peer]:
+            # The only reducer of an attempt takes its own chunks as it committed to them: nothing crosses the wire.
+            alone = all(reducer.peer == peer for reducer in plan.reducers)
+            if manifest.version >= unwelcome[peer] and not alone:
                 share = _share(plan, peer, sealed)
                 seen.wrong.append(f"version {manifest.version} has the attacker's contribution, {share:.0%} of it")
         if not np.isfinite(list(manifest.metrics.values())).all():
