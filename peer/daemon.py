@@ -120,62 +120,59 @@ async def work_in_run(
     await exchanges.start(transport)
     await serve_chain(transport, chain)
     await serve_blobs(transport, store)
-    synchroniser = Synchroniser(versions, transport, directory, chain.coordinator, worker)
-    try:
-        await synchroniser.run()
-    except WireError as error:
-        raise UnreachableError(
-            f"The run's newest version cannot be had: {error}.", "Try again once a peer that holds it is online."
-        ) from error
-    session = Session(
-        address=address,
-        chain=chain,
-        identity=identity,
-        transport=transport,
-        directory=directory,
-        join=lambda: _join(transport, chain),
-    )
-    codec = get_codec(config.averaging.codec)
-    keep = config.distribution.keep_versions
-    with (
-        closing(History(home.history)) as history,
-        ThreadPoolExecutor(max_workers=1, thread_name_prefix="canonical") as canonical,
-    ):
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="canonical") as canonical:
         synchroniser = Synchroniser(versions, transport, directory, chain.coordinator, canonical)
-        accuser = Accuser(home.faults, store, session, history, chain.run_id)
-        volunteer = Volunteer(
-            config=config,
+        try:
+            await synchroniser.run()
+        except WireError as error:
+            raise UnreachableError(
+                f"The run's newest version cannot be had: {error}.", "Try again once a peer that holds it is online."
+            ) from error
+        session = Session(
+            address=address,
+            chain=chain,
             identity=identity,
-            session=session,
-            versions=versions,
-            synchroniser=synchroniser,
-            exchanges=exchanges,
+            transport=transport,
             directory=directory,
-            contributions=ContributionStore(home.contributions, codec, versions.values, keep),
-            feedback=ErrorFeedback(home.feedback, codec, identity.peer_id),
-            learner=learner,
-            worker=worker,
-            canonical=canonical,
-            history=history,
-            auditor=Auditor(
-                run=chain.run,
-                run_id=chain.run_id,
+            join=lambda: _join(transport, chain),
+        )
+        codec = get_codec(config.averaging.codec)
+        keep = config.distribution.keep_versions
+        with closing(History(home.history)) as history:
+            accuser = Accuser(home.faults, store, session, history, chain.run_id)
+            volunteer = Volunteer(
+                config=config,
                 identity=identity,
-                directory=directory,
                 session=session,
-                accuser=accuser,
+                versions=versions,
+                synchroniser=synchroniser,
+                exchanges=exchanges,
+                directory=directory,
+                contributions=ContributionStore(home.contributions, codec, versions.values, keep),
+                feedback=ErrorFeedback(home.feedback, codec, identity.peer_id),
+                learner=learner,
+                worker=worker,
+                canonical=canonical,
                 history=history,
-                rate=config.averaging.audit_rate,
-            ),
-        )
-        await _run_together(
-            volunteer.work(),
-            session.run(),
-            accuser.run(),
-            _heartbeats(session, volunteer, versions, show),
-            _announcements(transport, identity, chain),
-            _leave_on(stop, volunteer),
-        )
+                auditor=Auditor(
+                    run=chain.run,
+                    run_id=chain.run_id,
+                    identity=identity,
+                    directory=directory,
+                    session=session,
+                    accuser=accuser,
+                    history=history,
+                    rate=config.averaging.audit_rate,
+                ),
+            )
+            await _run_together(
+                volunteer.work(),
+                session.run(),
+                accuser.run(),
+                _heartbeats(session, volunteer, versions, show),
+                _announcements(transport, identity, chain),
+                _leave_on(stop, volunteer),
+            )
     await session.tell(pb.Leave(reason="finished" if session.finished else "asked to leave"))
     show({"kind": "left", "version": versions.version, "state_root": versions.state_root.hex()})
 

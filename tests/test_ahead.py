@@ -141,6 +141,20 @@ def test_who_is_lost_or_leaves_gives_its_lease_ahead_back(machine: Machine) -> N
     assert [event.lease for event in machine.of(ev.LeaseExpired)] == [of_a.id, of_b.id]
 
 
+def test_who_is_banned_loses_its_lease_ahead(machine: Machine) -> None:
+    machine.start()
+    machine.contribute(*machine.peers)
+    banned, *others = machine.peers
+    assert banned in ahead(machine)
+    machine.happen(ev.PeerBanned(machine.now, banned, "it lied", b"p" * 32, 9))
+    assert set(ahead(machine)) == set(others)
+    [expired] = [event for event in machine.of(ev.LeaseExpired) if "banned" in event.reason]
+    assert expired.lease not in machine.state.leases
+    machine.exchange()
+    machine.vote(*others)
+    assert machine.state.members[banned].lease is None
+
+
 def test_who_is_away_at_the_commit_has_the_rest_of_its_grace(machine: Machine) -> None:
     a, b, c = machine.peers
     machine.start()

@@ -1,6 +1,7 @@
 """Group commit: one transaction for what happens together, and nothing follows before it is on disk."""
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hivegrpo.coordinator.log import EventLog
 from hivegrpo.protocol.errors import ConfigError, RemoteError
 
 RUN = "ab" * 32
+PATIENCE = 20.0
 
 
 class Disk(EventLog):
@@ -55,6 +57,36 @@ def test_what_happens_together_is_written_together_and_followed_up_in_order(disk
     assert disk.transactions == [3]
     assert followed == [(1.0, 1), (2.0, 1), (3.0, 1)]
     assert list(disk.replay()) == [started(at) for at in (1.0, 2.0, 3.0)]
+    disk.close()
+
+
+def test_the_event_loop_goes_on_while_the_disk_is_busy(disk: Disk) -> None:
+    """What happens meanwhile is one transaction, and whoever waits for the first does not wait for that one."""
+    free, busy = threading.Event(), threading.Event()
+    append = disk.append
+
+    def slow(events: Sequence[Event]) -> None:
+        busy.set()
+        assert free.wait(PATIENCE)
+        append(events)
+
+    async def test() -> None:
+        journal = Journal(disk, pytest.fail)
+        disk.append = slow  # type: ignore[method-assign]  # the fault
+        journal.add(started(1.0), lambda: None)
+        first = asyncio.create_task(journal.written())
+        assert await asyncio.to_thread(busy.wait, PATIENCE)
+        for at in (2.0, 3.0):
+            journal.add(started(at), lambda: None)
+        assert not journal.idle
+        free.set()
+        await first
+        assert disk.transactions[0] == 1
+        await journal.written()
+
+    asyncio.run(test())
+    assert disk.transactions == [1, 2]
+    assert [event.at for event in disk.replay()] == [1.0, 2.0, 3.0]
     disk.close()
 
 

@@ -1,6 +1,7 @@
 """The policy: a model whose trainable parameters, an adapter's or its own, are one flat vector."""
 
 import importlib.util
+import logging
 import threading
 import warnings
 from collections.abc import Iterator
@@ -232,6 +233,8 @@ def _compute_as_stored(base: "PreTrainedModel") -> None:
 
 
 def _with_adapter(base: "PreTrainedModel", lora: LoraSection) -> "PeftModel":
+    # peft imports bitsandbytes if it is there, which warns of a kernel for processors with AVX512-BF16: it is not used.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from peft import LoraConfig, get_peft_model  # here: this import takes seconds
 
     target: Any = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
