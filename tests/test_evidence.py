@@ -38,7 +38,12 @@ def test_inner_products_are_those_of_the_decoded_vectors(rule: str) -> None:
     encoded = {peer: encode_vector(codec, torch.randn(VALUES, generator=generator)) for peer in "ab"}
     decoded = {peer: decode_vector(codec, b"".join(chunks), VALUES).double() for peer, chunks in encoded.items()}
     plan = pb.RoundPlan(codec="mxint8", rule=rule, values=VALUES, reducers=[pb.Reducer(first=0, chunks=3)])
-    seal = pb.Seal(contributors=[pb.Sealed(peer=peer, coefficient=fp32_bits(0.5)) for peer in "ab"])
+    seal = pb.Seal(
+        contributors=[
+            pb.Sealed(peer="a", coefficient=fp32_bits(0.25)),
+            pb.Sealed(peer="b", coefficient=fp32_bits(0.75)),
+        ]
+    )
     evidence = SpanDots(2)
     data = reduce_span(plan, 0, seal, encoded, evidence.add)
     assert data == reduce_span(plan, 0, seal, encoded)

@@ -8,6 +8,7 @@ import pytest
 from support.runs import IntegerLearner, signed_run, small_config
 from support.swarm import Swarm
 
+from hivegrpo.peer.swarm import directory
 from hivegrpo.peer.swarm.directory import Directory
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.errors import FrameError, RemoteError
@@ -18,7 +19,8 @@ from hivegrpo.protocol.transport.memory import MemoryNetwork
 PEERS, VERSIONS, VALUES = 3, 3, 100_000
 
 
-def test_spans_come_back_on_the_streams_that_took_the_chunks(tmp_path: Path) -> None:
+def test_spans_come_back_on_the_streams_that_took_the_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directory, "HEAD_START_SECONDS", 3600.0)  # nobody waits so long: a push ends the wait
     opened: Counter[str] = Counter()
 
     def count(transport: Transport) -> Transport:
@@ -63,20 +65,20 @@ def test_a_peer_is_dialled_once_and_again_after_a_stream_to_it_failed() -> None:
             raise FrameError("nothing to say")
 
         one.connect = dialling  # type: ignore[method-assign]  # it only looks on
-        directory = Directory(one)
-        directory.learn([pb.Endpoint(peer=other.peer_id, addresses=other.addresses())])
+        known = Directory(one)
+        known.learn([pb.Endpoint(peer=other.peer_id, addresses=other.addresses())])
         await other.serve_stream("push", serve)
         for _ in range(3):
-            async with await directory.open_stream(other.peer_id, "push"):
+            async with await known.open_stream(other.peer_id, "push"):
                 pass
         assert dials == 1
         await other.close()
         with pytest.raises(RemoteError):
-            await directory.open_stream(other.peer_id, "push")
+            await known.open_stream(other.peer_id, "push")
         assert dials == 2
         again = network.join(other.peer_id)
         await again.serve_stream("push", serve)
-        async with await directory.open_stream(other.peer_id, "push"):
+        async with await known.open_stream(other.peer_id, "push"):
             pass
         assert dials == 3
         await one.close()

@@ -79,10 +79,13 @@ def test_the_event_loop_goes_on_while_the_disk_is_busy(disk: Disk) -> None:
         for at in (2.0, 3.0):
             journal.add(started(at), lambda: None)
         assert not journal.idle
+        second = asyncio.create_task(journal.written())
+        await asyncio.sleep(0)  # it waits from here on
         free.set()
         await first
         assert disk.transactions[0] == 1
-        await journal.written()
+        await second
+        assert disk.transactions == [1, 2]
 
     asyncio.run(test())
     assert disk.transactions == [1, 2]

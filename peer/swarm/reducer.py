@@ -179,16 +179,16 @@ def reduce_span(
     codec, rule = get_codec(plan.codec), get_rule(plan.rule)
     coefficients = [fp32_from_bits(sealed.coefficient) for sealed in seal.contributors]
     values = SpanLayout.of(plan, span).values
-    latest: tuple[int, list[Tensor]] = -1, []
+    decoded: list[Tensor] = []
 
     def decode(index: int) -> list[Tensor]:
-        nonlocal latest
-        latest = index, [codec.decode(chunks[sealed.peer][index], values[index]) for sealed in seal.contributors]
-        return latest[1]
+        nonlocal decoded
+        decoded = [codec.decode(chunks[sealed.peer][index], values[index]) for sealed in seal.contributors]
+        return decoded
 
     parts = []
-    for index, reduced in enumerate(rule.reduce(range(len(values)), decode, coefficients)):
+    for reduced in rule.reduce(range(len(values)), decode, coefficients):
         parts.append(codec.encode(reduced))
         if on_chunk is not None:
-            on_chunk(latest[1] if latest[0] == index else decode(index), reduced)
+            on_chunk(decoded, reduced)
     return b"".join(parts)

@@ -29,7 +29,7 @@ class Rule(ABC):
 
     @abstractmethod
     def reduce(self, chunks: range, decode: Decode, coefficients: Sequence[float]) -> Iterator[Tensor]:
-        """The chunks of the result, in order.
+        """The chunks of the result, in order; a chunk is the last one that was decoded before it is yielded.
 
         `coefficients` are the seal's, in roster order, each exactly an fp32 value
         (`hivegrpo.protocol.coefficients`).
