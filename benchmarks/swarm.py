@@ -30,15 +30,15 @@ class SwarmRounds:
         address = coordinator.hear("serving", START_SECONDS)["address"]
         for worker in self._workers:
             worker.tell("join", address=address)
-        self._armed = self._hear("armed", START_SECONDS)
+        self._sent = self._count(START_SECONDS)
 
     def together(self, figures: Figures) -> None:
         """One round, added to `figures` if every peer has the mean."""
-        before, on_loopback = self._armed, loopback_bytes()
+        before, on_loopback = self._sent, loopback_bytes()
         for worker in self._workers:
             worker.tell("go")
         answers = self._hear("averaged", ROUND_SECONDS)
-        self._armed = self._hear("armed", ROUND_SECONDS)
+        self._sent = self._count(ROUND_SECONDS)
         on_loopback = loopback_bytes() - on_loopback
         if not all(answer["averaged"] for answer in answers):
             figures.fail("round", "data", "encoding")
@@ -46,10 +46,16 @@ class SwarmRounds:
         for name in ("round", "data", "encoding"):
             figures.add(name, [answer[name] for answer in answers])
         least = 2 * (self._size.peers - 1) / self._size.peers * answers[0]["encoded"]
-        sent = [after["sent"] - row["sent"] for after, row in zip(self._armed, before, strict=True)]
-        figures.ratios("application", sum(sent) / self._size.peers / least)
+        figures.ratios("application", (self._sent - before) / self._size.peers / least)
         figures.ratios("interface", on_loopback / self._size.peers / least)
         figures.differ("hivegrpo", float(len({answer["digest"] for answer in answers}) > 1))
+
+    def _count(self, timeout: float) -> int:
+        """Bytes that all peers have sent, once all wait for the next round: until then one may still serve another."""
+        self._hear("armed", timeout)
+        for worker in self._workers:
+            worker.tell("count")
+        return sum(answer["sent"] for answer in self._hear("counted", timeout))
 
     def _hear(self, kind: str, timeout: float) -> list[dict[str, Any]]:
         return [worker.hear(kind, timeout) for worker in self._workers]

@@ -57,7 +57,9 @@ class CommandedLearner(ConstantLearner):
     def contribute(
         self, lease: int, start: int, count: int, wanted: int, cancelled: threading.Event
     ) -> LearnedContribution:
-        say("armed", sent=self._transport.sent)
+        say("armed")
+        if hear("count") is not None:
+            say("counted", sent=self._transport.sent)
         if hear("go") is None:
             self._gone()
         return self.contribution(count)
