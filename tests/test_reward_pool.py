@@ -35,6 +35,10 @@ from hivegrpo.protocol.errors import ConfigError
 MIB = 256
 SECONDS = 30.0
 """Enough for what is to succeed on a machine that does much else."""
+IN_WORKER = """
+import os, sys, time
+if getattr(sys.modules["__main__"].__spec__, "name", "") == "hivegrpo.peer.rewards.worker":
+    """
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -292,9 +296,8 @@ def test_sending_never_waits_for_a_process_that_is_at_work() -> None:
 def test_a_function_that_cannot_be_loaded_is_the_users_to_correct(
     target: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    guard = "import os, sys\nif sys.modules['__main__'].__spec__.name == 'hivegrpo.peer.rewards.worker':\n    "
-    (tmp_path / "dies.py").write_text(f"{guard}os._exit(1)\ndef f(): pass\n")
-    (tmp_path / "raises.py").write_text(f"{guard}raise ImportError('on purpose')\ndef f(): pass\n")
+    (tmp_path / "dies.py").write_text(f"{IN_WORKER}os._exit(1)\ndef f(): pass\n")
+    (tmp_path / "raises.py").write_text(f"{IN_WORKER}raise ImportError('on purpose')\ndef f(): pass\n")
     folder = tmp_path / "other"
     folder.mkdir()
     install(folder, monkeypatch, unloadable=f"{target}:f")
@@ -306,8 +309,7 @@ def test_a_function_that_cannot_be_loaded_is_the_users_to_correct(
 
 
 def test_a_function_that_loads_for_too_long_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    guard = "import sys, time\nif sys.modules['__main__'].__spec__.name == 'hivegrpo.peer.rewards.worker':\n    "
-    (tmp_path / "slow.py").write_text(f"{guard}time.sleep(1000)\ndef f(): pass\n")
+    (tmp_path / "slow.py").write_text(f"{IN_WORKER}time.sleep(1000)\ndef f(): pass\n")
     folder = tmp_path / "other"
     folder.mkdir()
     install(folder, monkeypatch, slow="slow:f")

@@ -110,8 +110,7 @@ class WorkerProcess:
         """The answers that have come, for a process that a selector calls readable."""
         answers: list[tuple[Call, dict[str, Any]]] = []
         if not self._channel.receive():
-            over = time.monotonic() >= self._deadline - MARGIN_SECONDS
-            self._fault = self._slow() if over else "its process died"
+            self._fault = self._slow() if self._was_timed_out() else "its process died"
         try:
             while not self._fault and (message := self._channel.next(self._limit())) is not None:
                 if self.loaded:
@@ -151,6 +150,12 @@ class WorkerProcess:
             self._process.wait(REAP_SECONDS)
         self._channel.socket.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _was_timed_out(self) -> bool:
+        """Whether its own timer has ended it, for a process that has hung up."""
+        with suppress(subprocess.TimeoutExpired):
+            return self._process.wait(MARGIN_SECONDS) == -signal.SIGALRM
+        return time.monotonic() >= self._deadline
 
     def _limit(self) -> int:
         """Bytes of its next message: none if it has nothing to say."""
