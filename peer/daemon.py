@@ -167,11 +167,11 @@ async def work_in_run(
             )
             await _run_together(
                 volunteer.work(),
-                session.run(),
                 accuser.run(),
                 _heartbeats(session, volunteer, versions, show),
                 _announcements(transport, identity, chain),
                 _leave_on(stop, volunteer),
+                beside=session.run(),  # it is over when the run is finished; the volunteer may have a version to make
             )
     await session.tell(pb.Leave(reason="finished" if session.finished else "asked to leave"))
     show({"kind": "left", "version": versions.version, "state_root": versions.state_root.hex()})
@@ -245,15 +245,21 @@ async def _leave_on(stop: asyncio.Event, volunteer: Volunteer) -> None:
     log.warning("left without finishing the round in flight", seconds=DRAIN_SECONDS)
 
 
-async def _run_together(main: Coroutine[Any, Any, None], *others: Coroutine[Any, Any, None]) -> None:
-    """Run all until the first ends; then end the rest. The first exception is raised, HiveErrors before others."""
-    tasks = [asyncio.create_task(coroutine) for coroutine in (main, *others)]
+async def _run_together(*coroutines: Coroutine[Any, Any, None], beside: Coroutine[Any, Any, None]) -> None:
+    """Run all until one ends, or the one `beside` them fails; then end the rest.
+
+    The first exception is raised, HiveErrors before others.
+    """
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    side = asyncio.create_task(beside)
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([*tasks, side], return_when=asyncio.FIRST_COMPLETED)
+        if side.done() and side.exception() is None:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for task in tasks:
+        for task in (*tasks, side):
             task.cancel()
-        results = await asyncio.gather(*tasks, return_exceptions=True)
+        results = await asyncio.gather(*tasks, side, return_exceptions=True)
     failures = [result for result in results if isinstance(result, Exception)]
     for failure in sorted(failures, key=lambda error: not isinstance(error, HiveError)):
         raise failure

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -204,7 +205,7 @@ class Volunteer:
         if self._ahead is not None:
             self._ahead.exchange_began()
         try:
-            await self._unless(lambda: self._is_over(plan), self._average(plan, own))
+            await self._unless(self._overtaken(plan), self._average(plan, own))
         except (WireError, NonFiniteError) as error:
             place = f"{plan.message.version}.{plan.message.attempt}"
             log.warning("an attempt failed", attempt=place, reason=str(error))
@@ -257,6 +258,7 @@ class Volunteer:
         data = [span.data for span in spans]
         state, root = await self._on_canonical(self._versions.shadow, plan.message, data)
         self._shadow = Shadow(plan, seal, state, root)
+        await self._session.touch()
         return root
 
     async def _vote(self, exchange: Exchange, seal: Opened[pb.Seal], spans: Sequence[Span], root: bytes) -> None:
@@ -351,22 +353,40 @@ class Volunteer:
         seal = self._session.seal
         return seal if seal is not None and seal.message.plan == plan.digest else None
 
+    async def _overtaken(self, plan: Opened[pb.RoundPlan]) -> None:
+        """Until a newer attempt, a committed version, or another rollout has overtaken a plan.
+
+        A commit of the plan itself leaves this peer the step's time to get there too: what is still on its way need not
+        be fetched again.
+        """
+        await self._session.wait(lambda: self._is_over(plan))
+        if self._is_late(plan):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(plan.message.step_seconds):
+                    await self._session.wait(lambda: None if self._is_late(plan) else True)
+
     def _is_over(self, plan: Opened[pb.RoundPlan]) -> bool | None:
-        """Whether a newer attempt, a committed version, or another rollout has overtaken this plan."""
         session = self._session
         newer_plan = session.plan is not None and session.plan.digest != plan.digest
         committed = session.head is not None and session.head.message.version >= plan.message.version
         return True if newer_plan or committed or self._leased(plan.message.version - 1) else None
+
+    def _is_late(self, plan: Opened[pb.RoundPlan]) -> bool:
+        """Whether the head is what a plan has led to, this peer knows what was sealed, and has yet to step."""
+        head, shadow = self._session.head, self._shadow
+        if head is None or head.message.plan != plan.digest or self._seal_of(plan) is None:
+            return False
+        return shadow is None or shadow.plan.digest != plan.digest
 
     def _leased(self, version: int) -> bool:
         """Whether there is a lease to work on; who is in a plan gets none before the round is abandoned."""
         lease = self._session.lease
         return lease is not None and lease.message.version == version and _name(lease.message) > self._done_lease
 
-    async def _unless(self, over: Callable[[], bool | None], work: Awaitable[None]) -> None:
-        """Run `work`, and cancel it once `over` holds."""
+    async def _unless(self, over: Awaitable[None], work: Awaitable[None]) -> None:
+        """Run `work`, and cancel it once `over` has ended."""
         task = asyncio.ensure_future(work)
-        watch = asyncio.create_task(self._session.wait(over))
+        watch = asyncio.ensure_future(over)
         try:
             await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
             if task.done():

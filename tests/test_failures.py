@@ -16,6 +16,7 @@ from support.streams import forever, on_serving, on_stream, only_pushes
 from support.swarm import Swarm, Wrap
 
 from hivegrpo.coordinator.events import AttemptFailed, ContributionRejected, VersionCommitted
+from hivegrpo.peer.home import PeerHome
 from hivegrpo.peer.swarm.contribution import EncodedVector
 from hivegrpo.peer.swarm.directory import Directory
 from hivegrpo.peer.swarm.exchange import SPAN, Exchange, ExchangeServer
@@ -23,8 +24,9 @@ from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.envelope import open_signed, parse, sign
 from hivegrpo.protocol.errors import RemoteError
+from hivegrpo.protocol.history import read_history
 from hivegrpo.protocol.identity import Identity
-from hivegrpo.protocol.transport.base import Stream, StreamHandler
+from hivegrpo.protocol.transport.base import Stream, StreamHandler, Transport
 from hivegrpo.protocol.transport.memory import MemoryNetwork
 
 VALUES = 40_000
@@ -227,6 +229,34 @@ def test_a_reducer_that_serves_one_peer_and_keeps_the_rest_waiting_costs_no_atte
 
     bed.play({REDUCER: serving_spans(stalling)})
     assert bed.version() == (1, {"a", "b", "c"}, {"a", "b", "c", "d"})
+
+
+@pytest.mark.parametrize("name", [SENDER, REDUCER])
+def test_a_peer_that_is_behind_at_the_commit_ends_its_attempt_and_fetches_nothing_twice(bed: Bed, name: str) -> None:
+    """Its spans come once the others have their version: it steps on them, as its vote in its history shows."""
+    fetched = []
+
+    def late(stream: Stream) -> None:
+        receive, frames = stream.receive, 0
+
+        async def receiving(limit: int, timeout: float = 30.0) -> bytes:
+            nonlocal frames
+            frames += 1
+            if frames == 2:  # the first is the Ack of the push
+                await bed.swarm.committed(1)
+            return await receive(limit, timeout)
+
+        stream.receive = receiving  # type: ignore[method-assign]  # the fault
+
+    def noting(transport: Transport) -> Transport:
+        return on_stream("span", fetched.append)(on_stream("blob", fetched.append)(on_stream("push", late)(transport)))
+
+    bed.play({name: noting})
+    assert bed.version() == (1, {"a", "b", "c"}, {"a", "b", "c", "d"})
+    history = read_history(PeerHome(bed.swarm.peer_home(name)).history)
+    kinds = [record["kind"] for record in history if record.get("version") == 1]
+    assert kinds[-2:] == ["vote", "version"]
+    assert fetched == []
 
 
 def test_a_peer_that_stops_reading_is_no_reducer_in_the_next_attempt(bed: Bed) -> None:

@@ -28,7 +28,7 @@ from hivegrpo.peer.rewards.base import Reward, Scored
 from hivegrpo.peer.rewards.crew import AHEAD
 from hivegrpo.peer.rewards.frames import Channel, encode
 from hivegrpo.peer.rewards.pool import RewardPool
-from hivegrpo.peer.rewards.process import Call, WorkerProcess
+from hivegrpo.peer.rewards.process import Call, WorkerLost, WorkerProcess
 from hivegrpo.peer.rewards.registry import find_rewards
 from hivegrpo.protocol.errors import ConfigError
 
@@ -136,17 +136,40 @@ def test_a_completion_that_takes_too_long_is_given_up(word: str) -> None:
     assert scored == Scored([1.0, None, 1.0, 1.0], 1, "it took more than 1 s")
 
 
-def test_a_worker_that_nobody_watches_ends_itself_when_its_time_is_over() -> None:
+@pytest.fixture
+def unwatched() -> Iterator[WorkerProcess]:
+    """A worker that has loaded `obey`; the test is its parent."""
     worker = WorkerProcess(["obey"], MIB << 20)
     try:
         while not worker.loaded:
             worker.receive()
             worker.require_use()
-        arguments = {"completions": ["compute"]}
-        worker.make([Call(0, [0], 0.2, 100)], encode({"key": 1, "seconds": 0.2, "function": 0, "arguments": arguments}))
-        assert worker._process.wait(60) == -signal.SIGALRM
+        yield worker
     finally:
         worker.end()
+
+
+def call(word: str) -> tuple[Call, bytes]:
+    """For one completion, with a fifth of a second, and its frame."""
+    arguments = {"completions": [word]}
+    return Call(0, [0], 0.2, 100, 1), encode({"key": 1, "seconds": 0.2, "function": 0, "arguments": arguments})
+
+
+def test_a_worker_that_nobody_watches_ends_itself_when_its_time_is_over(unwatched: WorkerProcess) -> None:
+    compute, frame = call("compute")
+    unwatched.make([compute], frame)
+    assert unwatched._process.wait(60) == -signal.SIGALRM
+
+
+def test_what_ended_a_worker_is_not_judged_by_the_clock_of_its_parent(unwatched: WorkerProcess) -> None:
+    """A parent that hears an answer and the end at once, long after both, cannot know how long the call took."""
+    calls, frames = zip(call("good"), call("compute"), strict=True)
+    unwatched.make(calls, b"".join(frames))
+    unwatched._process.wait(60)
+    assert [answer["scores"] for _, answer in unwatched.receive()] == [[1.0]]
+    assert unwatched.receive() == []
+    with pytest.raises(WorkerLost, match=r"took more than 0\.2 s"):
+        unwatched.require_use()
 
 
 def test_memory_is_bounded(shared: RewardPool) -> None:
