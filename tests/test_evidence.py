@@ -106,7 +106,7 @@ def test_a_norm_comes_from_its_exact_square() -> None:
 def flip_a_bit(stream: Stream) -> None:
     send, frames = stream.send, 0
 
-    async def sending(frame: bytes | memoryview, timeout: float = 30.0) -> None:
+    async def sending(frame: bytes | memoryview, timeout: float | None = 30.0) -> None:
         nonlocal frames
         frames += 1
         data = bytearray(frame)

@@ -105,7 +105,7 @@ def after_the_header(then: Callable[[], Awaitable[None]]) -> Wrap:
     def change(stream: Stream) -> None:
         send, frames = stream.send, 0
 
-        async def sending(frame: bytes | memoryview, timeout: float = 30.0) -> None:
+        async def sending(frame: bytes | memoryview, timeout: float | None = 30.0) -> None:
             nonlocal frames
             frames += 1
             if frames == 2:
@@ -239,7 +239,7 @@ def test_a_peer_that_is_behind_at_the_commit_ends_its_attempt_and_fetches_nothin
     def late(stream: Stream) -> None:
         receive, frames = stream.receive, 0
 
-        async def receiving(limit: int, timeout: float = 30.0) -> bytes:
+        async def receiving(limit: int, timeout: float | None = 30.0) -> bytes:
             nonlocal frames
             frames += 1
             if frames == 2:  # the first is the Ack of the push

@@ -223,10 +223,10 @@ class Fed(Stream):
         self.remote, self.bytes_sent, self.bytes_received = "", 0, 0
         self.frames = list(frames)
 
-    async def send(self, frame: bytes | memoryview, timeout: float = 30.0) -> None:
+    async def send(self, frame: bytes | memoryview, timeout: float | None = 30.0) -> None:
         raise AssertionError("nothing is answered")
 
-    async def receive(self, limit: int, timeout: float = 30.0) -> bytes:
+    async def receive(self, limit: int, timeout: float | None = 30.0) -> bytes:
         return self.frames.pop(0)
 
     async def close(self) -> None:

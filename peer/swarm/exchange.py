@@ -176,12 +176,12 @@ class Exchange:
         await self._retry(lambda: self._push_once(index, signed, chunks), self.plan.message.exchange_seconds)
 
     async def _push_once(self, index: int, header: pb.Signed, chunks: list[bytes]) -> None:
-        """Send a reducer its chunks, and ask for the span: it comes as soon as it is made."""
+        """Send a reducer its chunks, and ask for the span, which comes once it is made. The caller bounds the time."""
         stream = await self._directory.open_stream(self.plan.message.reducers[index].peer, PUSH)
         try:
             await stream.send(header.SerializeToString())
             for chunk in chunks:
-                await stream.send(chunk)
+                await stream.send(chunk, timeout=None)
             ack = parse(pb.Ack, await stream.receive(MAX_HEADER_BYTES, timeout=self.plan.message.exchange_seconds))
             if not ack.accepted:
                 raise RemoteError(f"the reducer refused the push: {ack.reason[:200]}")

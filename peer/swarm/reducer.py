@@ -76,7 +76,10 @@ class SpanReducer:
         self.all_complete = asyncio.Event()
 
     async def receive(self, stream: Stream, header: Opened[pb.PushHeader]) -> None:
-        """Take a sender's chunks off `stream`; a WireError if anything differs from the plan or the commitment."""
+        """Take a sender's chunks off `stream`; a WireError if anything differs from the plan or the commitment.
+
+        The caller bounds the time.
+        """
         sender = header.signer
         if sender not in self._roots:
             raise RosterError(f"{sender} is not in the plan's roster")
@@ -88,12 +91,14 @@ class SpanReducer:
         began = time.perf_counter()
         chunks: list[bytes] = []
         leaves: list[bytes] = []
+        norm = _Norm(self._codec)
         try:
-            for size in self.layout.sizes:
+            for size, values in zip(self.layout.sizes, self.layout.values, strict=True):
                 chunks.append(await self._frame(stream, size))
                 leaves.append(leaf_hash(chunks[-1]))
+                norm.add(chunks[-1], values)
             self._seconds[sender] = time.perf_counter() - began
-            await self._keep(sender, chunks, leaves, header.message)
+            self._keep(sender, chunks, leaves, norm, header.message)
         except CommitmentError as error:
             raise RefusedPush(error.message, chunks) from None
         finally:
@@ -101,15 +106,21 @@ class SpanReducer:
 
     async def take(self, sender: str, chunks: list[bytes], header: pb.PushHeader) -> None:
         """As `receive`, of chunks that are here."""
-        await self._keep(sender, chunks, [leaf_hash(chunk) for chunk in chunks], header)
+        norm = _Norm(self._codec)
+        for chunk, values in zip(chunks, self.layout.values, strict=True):
+            norm.add(chunk, values)
+            await asyncio.sleep(0)  # a thread would wait for the event loop with every operation: it has its turn here
+        self._keep(sender, chunks, [leaf_hash(chunk) for chunk in chunks], norm, header)
 
-    async def _keep(self, sender: str, chunks: list[bytes], leaves: list[bytes], header: pb.PushHeader) -> None:
+    def _keep(
+        self, sender: str, chunks: list[bytes], leaves: list[bytes], norm: "_Norm", header: pb.PushHeader
+    ) -> None:
         """Check a sender's chunks against what it says it sends, and against its committed root, and keep them."""
         if merkle_root(leaves) != header.content:
             raise CommitmentError("the chunks are not those that the push's header announces")
         total = chunk_count(self.plan.message.values)
         check_range(self._roots[sender], total, self.layout.chunks, leaves, header.proof)
-        norm_squared = await self._norm_squared(chunks)
+        norm_squared = norm.squared()
         if norm_squared > MAX_NORM_SQUARED:
             raise CommitmentError(f"{sender} contributes values so large that the step would overflow")
         self._norms[sender], self._chunks[sender] = norm_squared, chunks
@@ -149,19 +160,33 @@ class SpanReducer:
         self.dots = evidence.dots
         return data
 
-    async def _norm_squared(self, chunks: list[bytes]) -> int:
-        """In the event loop, which takes its turn after each chunk: a thread would wait for it with every operation."""
-        total = 0
-        for chunk, values in zip(chunks, self.layout.values, strict=True):
-            total += self._codec.norm_squared(chunk, values)
-            await asyncio.sleep(0)
-        return total
-
     async def _frame(self, stream: Stream, size: int) -> bytes:
-        chunk = await stream.receive(size, timeout=self.plan.message.exchange_seconds)
+        chunk = await stream.receive(size, timeout=None)
         if len(chunk) != size:
             raise FrameError(f"a chunk of {len(chunk)} bytes where the plan says {size}")
         return chunk
+
+
+class _Norm:
+    """Squared norm of chunks, as they come. What the codec refuses is told at the end: the chunks are proof of it."""
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self._squared = 0
+        self._fault: CommitmentError | None = None
+
+    def add(self, chunk: bytes, values: int) -> None:
+        if self._fault is None:
+            try:
+                self._squared += self._codec.norm_squared(chunk, values)
+            except CommitmentError as error:
+                self._fault = error
+
+    def squared(self) -> int:
+        """In units of 2^-298. CommitmentError if no encoder makes one of the chunks."""
+        if self._fault is not None:
+            raise self._fault
+        return self._squared
 
 
 def reduce_span(

@@ -28,12 +28,15 @@ class Stream(ABC):
     bytes_received: int
 
     @abstractmethod
-    async def send(self, frame: bytes | memoryview, timeout: float = 30.0) -> None:
-        """Write one frame; waits while the receiver is slow. RemoteError when the stream is gone or time is up."""
+    async def send(self, frame: bytes | memoryview, timeout: float | None = 30.0) -> None:
+        """Write one frame; waits while the receiver is slow. RemoteError when the stream is gone or time is up.
+
+        A timeout of None is for a caller that bounds many frames together: a clock costs as much as a small frame.
+        """
 
     @abstractmethod
-    async def receive(self, limit: int, timeout: float = 30.0) -> bytes:
-        """Read one frame of at most `limit` bytes.
+    async def receive(self, limit: int, timeout: float | None = 30.0) -> bytes:
+        """Read one frame of at most `limit` bytes; the timeout as in `send`.
 
         FrameError if its prefix announces more (nothing of the body is read), RemoteError at the end of the stream,
         when it breaks, or when `timeout` seconds pass.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from hivegrpo.protocol.errors import FrameError, RemoteError
 from hivegrpo.protocol.transport.base import MAX_FRAME_BYTES, Stream
 from hivegrpo.protocol.transport.rate import SLICE_BYTES, UploadCap
+
+T = TypeVar("T")
 
 PREFIX_BYTES = 4
 CLOSE_SECONDS = 5.0
@@ -45,7 +48,7 @@ class FramedStream(Stream):
         """Open, as far as this side has heard."""
         return self._open and not self._reader.at_eof() and not self._writer.is_closing()
 
-    async def send(self, frame: bytes | memoryview, timeout: float = 30.0) -> None:
+    async def send(self, frame: bytes | memoryview, timeout: float | None = 30.0) -> None:
         body = memoryview(frame).cast("B")
         size = body.nbytes
         if size > MAX_FRAME_BYTES:
@@ -57,8 +60,7 @@ class FramedStream(Stream):
             whole = b"".join((size.to_bytes(PREFIX_BYTES, "big"), body))
             if self._cap is None:
                 self._writer.write(whole)
-                async with asyncio.timeout(timeout):
-                    await self._writer.drain()
+                await _within(timeout, self._writer.drain())
             else:
                 await self._send_in_slices(self._cap, whole, timeout)
         except TimeoutError:
@@ -69,7 +71,7 @@ class FramedStream(Stream):
             raise RemoteError(f"the stream to {self.remote} broke: {error}") from None
         self.bytes_sent += PREFIX_BYTES + size
 
-    async def _send_in_slices(self, cap: UploadCap, data: bytes, timeout: float) -> None:
+    async def _send_in_slices(self, cap: UploadCap, data: bytes, timeout: float | None) -> None:
         """`timeout` counts what the receiver takes, not the waits for the cap. Cancelled within a frame, it aborts."""
         clock, sent = asyncio.get_running_loop().time, 0
         try:
@@ -81,24 +83,17 @@ class FramedStream(Stream):
                 self._writer.write(part)
                 sent += len(part)
                 began = clock()
-                async with asyncio.timeout(timeout):
-                    await self._writer.drain()
-                timeout -= clock() - began
+                await _within(timeout, self._writer.drain())
+                timeout = None if timeout is None else timeout - (clock() - began)
         except asyncio.CancelledError:
             if 0 < sent < len(data):
                 self.abort()
             raise
 
-    async def receive(self, limit: int, timeout: float = 30.0) -> bytes:
+    async def receive(self, limit: int, timeout: float | None = 30.0) -> bytes:
         """See `Stream.receive`. After a timeout, or when cancelled, the stream can be read on."""
         try:
-            async with asyncio.timeout(timeout):
-                if self._announced is None:
-                    self._announced = int.from_bytes(await self._reader.readexactly(PREFIX_BYTES), "big")
-                size = self._announced
-                if size > limit:
-                    raise FrameError(f"{self.remote} announced a frame of {size} bytes; at most {limit} are read here")
-                frame = await self._reader.readexactly(size)
+            frame = await _within(timeout, self._read(limit))
         except TimeoutError:
             raise RemoteError(f"nothing from {self.remote} within {timeout:g} s") from None
         except asyncio.IncompleteReadError:
@@ -106,8 +101,17 @@ class FramedStream(Stream):
         except OSError as error:
             raise RemoteError(f"the stream from {self.remote} broke: {error}") from None
         self._announced = None
-        self.bytes_received += PREFIX_BYTES + size
+        self.bytes_received += PREFIX_BYTES + len(frame)
         return frame
+
+    async def _read(self, limit: int) -> bytes:
+        if self._announced is None:
+            self._announced = int.from_bytes(await self._reader.readexactly(PREFIX_BYTES), "big")
+        if self._announced > limit:
+            raise FrameError(
+                f"{self.remote} announced a frame of {self._announced} bytes; at most {limit} are read here"
+            )
+        return await self._reader.readexactly(self._announced)
 
     async def close(self) -> None:
         if not self._open:
@@ -134,6 +138,14 @@ class FramedStream(Stream):
     def _end(self) -> None:
         on_end, self._on_end = self._on_end, _ended
         on_end(self)
+
+
+async def _within(seconds: float | None, work: Awaitable[T]) -> T:
+    """TimeoutError if it takes longer."""
+    if seconds is None:
+        return await work
+    async with asyncio.timeout(seconds):
+        return await work
 
 
 def _ended(stream: Stream) -> None:

@@ -212,7 +212,7 @@ class ByzantineTransport(Transport):
         if recorded is None:
             self._recorded[stream.remote] = heard
 
-        async def sending(frame: bytes | memoryview, timeout: float = 30.0) -> None:
+        async def sending(frame: bytes | memoryview, timeout: float | None = 30.0) -> None:
             nonlocal frames
             heard.append(bytes(frame))
             if recorded is None:
@@ -302,7 +302,7 @@ def _on_frame(
     def change(stream: FramedStream) -> None:
         send, frames = stream.send, 0
 
-        async def sending(frame: bytes | memoryview, timeout: float = 30.0) -> None:
+        async def sending(frame: bytes | memoryview, timeout: float | None = 30.0) -> None:
             nonlocal frames
             frames += 1
             if frames == number or (number is None and frames > 1):
@@ -324,7 +324,7 @@ def _without_the_last(stream: FramedStream) -> None:
     """One frame behind, so that the last one is never sent."""
     send, held = stream.send, list[bytes]()
 
-    async def sending(frame: bytes | memoryview, timeout: float = 30.0) -> None:
+    async def sending(frame: bytes | memoryview, timeout: float | None = 30.0) -> None:
         held.append(bytes(frame))
         if len(held) == 2:
             await send(held.pop(0), timeout)

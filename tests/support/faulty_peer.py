@@ -52,7 +52,7 @@ def die_in_push(transport: Transport, countdown: Countdown) -> None:
         if name == "push":
             send, frames = stream.send, 0
 
-            async def sending(frame: bytes | memoryview, timeout: float = 30.0) -> None:
+            async def sending(frame: bytes | memoryview, timeout: float | None = 30.0) -> None:
                 nonlocal frames
                 frames += 1
                 if frames == 2:

@@ -45,7 +45,7 @@ def only_pushes(handler: StreamHandler) -> StreamHandler:
     async def serve(stream: Stream) -> None:
         send = stream.send
 
-        async def sending(frame: bytes | memoryview, timeout: float = 30.0) -> None:
+        async def sending(frame: bytes | memoryview, timeout: float | None = 30.0) -> None:
             await send(frame, timeout)
             await stream.close()
 

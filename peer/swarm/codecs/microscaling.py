@@ -23,7 +23,8 @@ def split_blocks(chunk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Shapes [blocks, 32] and [blocks, 1]; the last block is padded with zeros. NonFiniteError as `Codec.encode`.
     """
     check_chunk(chunk)
-    blocks = pad(chunk, (0, -chunk.numel() % BLOCK)).view(-1, BLOCK)
+    missing = -chunk.numel() % BLOCK
+    blocks = (pad(chunk, (0, missing)) if missing else chunk.contiguous()).view(-1, BLOCK)
     magnitude = blocks.view(torch.int32) & MAGNITUDE
     largest = magnitude.amax(1, keepdim=True) >> MANTISSA_BITS
     if int(largest.amax()) == INFINITE:

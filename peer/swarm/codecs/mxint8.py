@@ -20,6 +20,8 @@ _UNITS = scale_units(6).numpy()
 _UP = np.exp2(np.minimum(133 - np.arange(INFINITE), 100)).astype(np.float32)
 _UP_MORE = np.exp2(np.maximum(33 - np.arange(INFINITE), 0)).astype(np.float32)
 """Two factors of 64 / X = 2^(133 - code), which alone may be more than fp32 has."""
+_FIRST_WITH_ONE_FACTOR = 33
+"""From this code on the second is 1."""
 
 _TOP_BITS, _BITS_OF_64 = np.uint64(0x8080808080808080), np.uint64(0x4040404040404040)
 """Of eight elements' magnitudes: only -128 has the first, and all from 64 to 127 have the second."""
@@ -48,9 +50,11 @@ class MxInt8(Codec):
         keep_subnormals()
         blocks, _, largest = split_blocks(chunk)
         scales = largest.numpy()
-        # The first product is exact, or so small that 0 is what it and its rounding come to. The second is exact.
+        # The first product is exact, or so small that 0 is what it and its rounding come to. The second is exact, and
+        # by 1 for all but the smallest scales.
         scaled = np.multiply(blocks.numpy(), _UP.take(scales))
-        scaled *= _UP_MORE.take(scales)
+        if scales.min() < _FIRST_WITH_ONE_FACTOR:
+            scaled *= _UP_MORE.take(scales)
         np.clip(np.rint(scaled, out=scaled), -127.0, 127.0, out=scaled)
         elements = scaled.astype(np.int8).reshape(-1)[: chunk.numel()]
         return bytes(scales.astype(np.uint8)) + bytes(elements)
