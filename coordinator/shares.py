@@ -1,7 +1,8 @@
-"""How many chunks each reducer reduces, so that the slowest upload ends soonest.
+"""How many chunks each reducer reduces, so that the spans are with everybody soonest.
 
-Among n peers, one that reduces s of S chunks uploads S - s of its own chunks, and its span n - 1 times:
-S + (n - 2) s in all. Only the ratios of the rates matter.
+A round uploads twice, and nobody begins with the second before all have ended the first: its contribution, which is of
+the same size for all, and its span, which goes to all others. So spans are in proportion to the upload rates. Only the
+ratios of the rates matter.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,10 @@ from hivegrpo.protocol.chunks import split_evenly
 MOST_OF_MEAN = 2
 """Nobody reduces more than so many times the mean share: what one reducer can hold up or spoil is bounded."""
 
+NOISE = 1.125
+"""Rates are told from their median by what they differ from it beyond this factor: equal links, measured in a few
+rounds, differ by as much, and the largest span is what all wait for."""
+
 _HALVINGS = 60
 
 
@@ -19,30 +24,27 @@ def shares(chunks: int, rates: Sequence[float | None], peers: int) -> list[int]:
     """Chunks of each candidate, 0 for who should not reduce; they sum to `chunks`.
 
     `rates` are upload rates of the candidates (a None counts as the median of the others), of `peers` in the roster.
-    The largest upload time, (chunks + (peers - 2) s) / rate, is as small as whole chunks and the cap allow. With one
-    or two peers it does not depend on the shares, which are then even.
+    The largest share / rate is as small as whole chunks and the cap allow. With one or two peers, whose upload does not
+    depend on the shares, these are even.
     """
     assert chunks > 0 < len(rates) <= peers
     if peers <= 2:
         return [len(span) for span in split_evenly(chunks, len(rates))]
-    speeds = _filled(rates)
+    speeds = _told_apart(rates)
     most = max(1, MOST_OF_MEAN * chunks // len(rates))
-
-    def seconds(candidate: int, share: int) -> float:
-        return (chunks + (peers - 2) * share) / speeds[candidate]
 
     def below(limit: float) -> list[int]:
         """The most that each can take within a time."""
-        return [min(most, max(0, int((limit * speed - chunks) / (peers - 2)))) for speed in speeds]
+        return [min(most, int(limit * speed)) for speed in speeds]
 
-    early, late = 0.0, max(seconds(candidate, most) for candidate in range(len(rates)))
+    early, late = 0.0, max(most / speed for speed in speeds)
     for _ in range(_HALVINGS):
         middle = (early + late) / 2
         early, late = (middle, late) if sum(below(middle)) <= chunks else (early, middle)
     found = below(early)
     while sum(found) < chunks:  # few: those that would end at the same time, and what was rounded off
         room = (candidate for candidate in range(len(rates)) if found[candidate] < most)
-        found[min(room, key=lambda candidate: (seconds(candidate, found[candidate] + 1), candidate))] += 1
+        found[min(room, key=lambda candidate: ((found[candidate] + 1) / speeds[candidate], candidate))] += 1
     return found
 
 
@@ -51,8 +53,8 @@ def spans(sizes: Sequence[int]) -> list[range]:
     return [range(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
 
-def _filled(rates: Sequence[float | None]) -> list[float]:
-    """Rates, with the lower median of the known ones in place of the unknown."""
+def _told_apart(rates: Sequence[float | None]) -> list[float]:
+    """Rates, moved to the lower median of the known ones by up to the noise; the median in place of the unknown."""
     known = sorted(rate for rate in rates if rate is not None)
     middle = known[(len(known) - 1) // 2] if known else 1.0
-    return [middle if rate is None else rate for rate in rates]
+    return [middle if rate is None else min(max(middle, rate / NOISE), rate * NOISE) for rate in rates]

@@ -9,11 +9,16 @@ from support.machine import Machine
 
 from hivegrpo.coordinator.rates import FOLLOW, MIN_BYTES, MOST_CHANGE, follow, samples
 from hivegrpo.coordinator.round import Attempt
-from hivegrpo.coordinator.shares import shares, spans
+from hivegrpo.coordinator.shares import NOISE, shares, spans
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.chunks import split_evenly
 
 RATES = st.lists(st.one_of(st.none(), st.floats(1e-3, 1e12)), min_size=1, max_size=64)
+
+
+def told_apart(rates: list[float]) -> list[float]:
+    middle = sorted(rates)[(len(rates) - 1) // 2] if rates else 0.0
+    return [min(max(middle, rate / NOISE), rate * NOISE) for rate in rates]
 
 
 def cap(chunks: int, candidates: int) -> int:
@@ -28,9 +33,9 @@ def test_shares_cover_all_are_capped_and_grow_with_the_rate(
     found = shares(chunks, rates, len(rates) + others)
     assert sum(found) == chunks
     assert all(0 <= share <= max(cap(chunks, len(rates)), -(-chunks // len(rates))) for share in found)
-    known = sorted(
-        (rate, -index, share) for index, (rate, share) in enumerate(zip(rates, found, strict=True)) if rate is not None
-    )
+    told = told_apart([rate for rate in rates if rate is not None])
+    given_to = [share for rate, share in zip(rates, found, strict=True) if rate is not None]
+    known = sorted((rate, -index, share) for index, (rate, share) in enumerate(zip(told, given_to, strict=True)))
     if len(rates) + others > 2:  # with two peers the upload does not depend on the shares
         assert [share for *_, share in known] == sorted(share for *_, share in known)
     assert found == shares(chunks, rates, len(rates) + others)
@@ -42,8 +47,10 @@ def test_shares_are_as_good_as_the_best_of_all(chunks: int, rates: list[float], 
     peers = len(rates) + others
     found = shares(chunks, rates, peers)
 
+    told = told_apart(rates)
+
     def slowest(sizes: tuple[int, ...]) -> float:
-        return max((chunks + (peers - 2) * size) / rate for size, rate in zip(sizes, rates, strict=True))
+        return max(size / rate for size, rate in zip(sizes, told, strict=True))
 
     every = product(range(cap(chunks, len(rates)) + 1), repeat=len(rates))
     best = min(slowest(sizes) for sizes in every if sum(sizes) == chunks)
@@ -53,11 +60,10 @@ def test_shares_are_as_good_as_the_best_of_all(chunks: int, rates: list[float], 
 def test_shares_by_hand() -> None:
     assert shares(12, [None, None, None], 3) == [4, 4, 4]
     assert shares(7, [None, None, None], 3) == [3, 2, 2]
-    # Of three peers a share s costs 12 + s: at rates 2, 2, 1 the slow one would end last with no share at all.
-    assert shares(12, [2.0, 2.0, 1.0], 3) == [6, 6, 0]
-    # At rates 5, 4, 4 all could end at the same time: (12 + 6) / 5 = 3.6, (12 + 3) / 4 = 3.75, (12 + 4) / 4 = 4.
-    assert shares(12, [5.0, 4.0, 4.0], 3) == [6, 3, 3]
-    assert shares(12, [5.0, None, 4.0], 3) == [6, 3, 3], "unknown counts as the lower median"
+    # At rates of 2.25, 2.25 and 1, of which the last is taken for 1.125: 5 / 2.25 = 2.2, and 2 / 1.125 = 1.8.
+    assert shares(12, [2.25, 2.25, 1.0], 3) == [5, 5, 2]
+    assert shares(12, [2.25, None, 1.0], 3) == [6, 3, 3], "unknown counts as the lower median, 2.25 as 2: 6 / 2, 3 / 1"
+    assert shares(12, [9.9, 9.0, 8.1], 3) == [4, 4, 4], "as equal links differ from round to round"
     assert shares(12, [100.0, 1.0, 1.0, 1.0], 4)[0] == 6, "twice the mean, however fast"
     assert shares(3, [1.0, 9.0], 2) == [2, 1], "with two peers the shares do not matter"
     assert spans([2, 0, 3]) == [range(2), range(2, 2), range(2, 5)]
