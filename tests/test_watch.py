@@ -24,6 +24,7 @@ from hivegrpo.protocol.errors import (
     ForgedError,
     ForkError,
     GapError,
+    RemoteError,
     ReplayError,
     UnreachableError,
 )
@@ -293,6 +294,8 @@ class Flaky:
     def __init__(self, transport: MemoryTransport, failures: int) -> None:
         self.transport = transport
         self.failures = failures
+        self.broken = False
+        """Whether the connection is gone: the next stream fails."""
 
     async def connect(self, addresses: list[str], timeout: float = 10.0) -> str:
         if self.failures:
@@ -301,20 +304,31 @@ class Flaky:
         return await self.transport.connect(addresses, timeout)
 
     async def open_stream(self, peer_id: str, name: str, timeout: float = 10.0) -> Any:
+        if self.broken:
+            self.broken = False
+            raise RemoteError("the connection is gone")
         return await self.transport.open_stream(peer_id, name, timeout)
 
 
 def test_it_dials_again_and_again_with_longer_pauses(maker: ChainMaker) -> None:
     async def test() -> None:
-        bed = await Bed(maker).serve(maker.entries(7))
+        bed = await Bed(maker).serve(maker.entries(6))
         pauses: list[float] = []
+        flaky: list[Flaky] = []
+
+        def wrap(transport: MemoryTransport) -> Flaky:
+            flaky.append(Flaky(transport, 9))
+            return flaky[0]
 
         async def sleep(seconds: float) -> None:
             pauses.append(seconds)
+            if seconds == POLL_SECONDS and len(pauses) == 10:
+                flaky[0].broken, flaky[0].failures = True, 1
+                bed.holder.entries.append(maker.entry(6))
 
-        records = await bed.watch(once=False, sleep=sleep, wrap=lambda transport: Flaky(transport, 9))
+        records = await bed.watch(once=False, sleep=sleep, wrap=wrap)
         assert records[-1]["version"] == 6
-        assert pauses == [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
+        assert pauses == [0.5, 1, 2, 4, 8, 16, 30, 30, 30, POLL_SECONDS, 0.5, 1]
         assert (FIRST_PAUSE, LAST_PAUSE) == (0.5, 30)
 
     run(test())
