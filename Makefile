@@ -1,5 +1,5 @@
 .PHONY: install test parity fuzz lint demo proto \
-	bench bench-wan bench-attacks bench-rounds bench-codecs bench-quality bench-solo bench-learning bench-memory
+	bench bench-wan bench-attacks bench-rounds bench-codecs bench-quality bench-solo bench-learning bench-memory bench-watch
 .DEFAULT_GOAL := install
 
 PYTHON ?= python3
@@ -62,6 +62,9 @@ bench-rounds: install  ## a thousand random rounds of the exchange, against an i
 
 bench-attacks: install  ## attacks on the averaging layer; writes their table into docs/security.md
 	PYTHONPATH=tests $(BIN)/python benchmarks/attacks.py
+
+bench-watch: install  ## how fast the light client verifies a chain of a thousand versions
+	PYTHONPATH=tests $(BIN)/python benchmarks/watch.py
 
 fuzz: install  ## every decoder and handler, for longer than the tests do
 	HIVEGRPO_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest --timeout=3600 tests/test_fuzz_decoders.py tests/test_fuzz_handlers.py

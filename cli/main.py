@@ -148,6 +148,21 @@ def check(
     check_run(run)
 
 
+@app.command()
+def watch(
+    address: Annotated[str, typer.Argument(help="The run's address, or with --run that of any peer in it.")],
+    run_id: Annotated[str | None, typer.Option("--run", help="The run's id: nothing but this run will do.")] = None,
+    first: Annotated[int | None, typer.Option("--from", min=0, help="Version to begin at; the newest if not.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Only what is there now.")] = False,
+    home: Annotated[Path | None, typer.Option(help="Folder of its own; one in the state folder if left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Follow a run's signed chain and verify it, without taking part: exit code 76 if it is forged, or forked."""
+    from hivegrpo.cli.launch_watch import launch
+
+    launch(address, run_id=run_id, home=home, first=first, once=once, as_json=as_json)
+
+
 @app.command("verify-span")
 def verify_span(
     file: Annotated[Path, typer.Argument(help="A proof of fault, as peers and coordinators keep them.")],

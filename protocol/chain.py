@@ -10,8 +10,16 @@ from google.protobuf.message import Message
 
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.checks import check_manifest, check_plan, check_seal
-from hivegrpo.protocol.envelope import Opened, open_run, open_signed, run_id_of
-from hivegrpo.protocol.errors import ChainError, WireError
+from hivegrpo.protocol.envelope import Opened, open_run, open_signed, parse, run_id_of
+from hivegrpo.protocol.errors import (
+    ChainError,
+    ForgedError,
+    ForkError,
+    GapError,
+    ReplayError,
+    SignatureError,
+    WireError,
+)
 
 MAX_ENTRY_BYTES = 1 << 20
 
@@ -36,12 +44,16 @@ class Entry:
 class Chain:
     """A verified prefix of a run's chain, growing at its head. It never changes what it holds."""
 
-    def __init__(self, run: pb.Signed, coordinator: str) -> None:
-        """ChainError unless `run` is a manifest that `coordinator` signed."""
+    def __init__(self, run: pb.Signed, coordinator: str | None = None) -> None:
+        """ChainError unless `run` is a manifest that `coordinator` signed.
+
+        Without `coordinator`, whoever the manifest names: for a caller that knows the run id.
+        """
         try:
+            coordinator = coordinator or parse(pb.RunManifest, run.payload).coordinator
             self.manifest: Opened[pb.RunManifest] = open_run(run, coordinator)
         except WireError as error:
-            raise ChainError(f"The run manifest does not verify: {error}.", WRONG_CHAIN_HINT) from error
+            raise _refusal("The run manifest", error) from error
         self.run_id = run_id_of(run.payload)
         self.coordinator = coordinator
         self.entries: list[Entry] = []
@@ -66,23 +78,41 @@ class Chain:
         return len(self.entries) - 1
 
     def append(self, message: pb.ChainEntry) -> Entry:
-        """Verify the entry after the head and take it; ChainError says what is wrong with it."""
+        """Verify the entry after the head and take it; the kind of the ChainError says what is wrong with it."""
         try:
             entry = self._open(message)
         except WireError as error:
-            raise ChainError(f"Version {self.height + 1} does not verify: {error}.", WRONG_CHAIN_HINT) from error
+            raise _refusal(f"Version {self.height + 1}", error) from error
         self.entries.append(entry)
         return entry
+
+    def check_head(self, message: pb.ChainEntry) -> None:
+        """ForkError if `message` is another version than the head under the coordinator's signature, in its place.
+
+        Another ChainError if it is no version that the coordinator signed, or not of the head's number.
+        """
+        assert self.head is not None
+        try:
+            manifest = self._signed(message.manifest, pb.VersionManifest)
+        except WireError as error:
+            raise _refusal(f"Version {self.height}", error) from error
+        if manifest.message.version != self.height:
+            raise GapError(f"Expected version {self.height}, got {manifest.message.version}.", WRONG_CHAIN_HINT)
+        if manifest.digest != self.head.manifest.digest:
+            raise ForkError(
+                f"There is a second version {self.height} under the coordinator's signature: the chain is forked.",
+                WRONG_CHAIN_HINT,
+            )
 
     def _open(self, message: pb.ChainEntry) -> Entry:
         manifest = self._signed(message.manifest, pb.VersionManifest)
         check_manifest(manifest.message)
         version = self.height + 1
         if manifest.message.version != version:
-            raise ChainError(f"Expected version {version}, got {manifest.message.version}.", WRONG_CHAIN_HINT)
+            raise self._misplaced(manifest)
         parent = self.head.manifest.digest if self.head else self.manifest.digest
         if manifest.message.parent != parent:
-            raise ChainError(f"Version {version} does not continue the chain: its parent differs.", WRONG_CHAIN_HINT)
+            raise ForkError(f"Version {version} does not continue the chain: its parent differs.", WRONG_CHAIN_HINT)
         before = self.head.manifest.message.reference_version if self.head else 0
         if manifest.message.reference_version not in (before, version):
             raise ChainError(f"Version {version} goes back to an older reference version.", WRONG_CHAIN_HINT)
@@ -100,8 +130,23 @@ class Chain:
             raise ChainError(f"Version {version} does not have one span for each reducer.", WRONG_CHAIN_HINT)
         return Entry(manifest, plan, seal)
 
+    def _misplaced(self, manifest: Opened[pb.VersionManifest]) -> ChainError:
+        """What a version in another one's place is."""
+        version, expected = manifest.message.version, self.height + 1
+        text = f"Expected version {expected}, got {version}"
+        if version > expected:
+            return GapError(f"{text}.", WRONG_CHAIN_HINT)
+        if self.entries[version].manifest.digest == manifest.digest:
+            return ReplayError(f"{text} again.", WRONG_CHAIN_HINT)
+        return ForkError(f"{text}, another one than was verified before.", WRONG_CHAIN_HINT)
+
     def _signed(self, envelope: pb.Signed, kind: type[M]) -> Opened[M]:
         return open_signed(envelope, self.run_id, kind, signer=self.coordinator)
+
+
+def _refusal(what: str, error: WireError) -> ChainError:
+    kind = ForgedError if isinstance(error, SignatureError) else ChainError
+    return kind(f"{what} does not verify: {error}.", WRONG_CHAIN_HINT)
 
 
 WRONG_CHAIN_HINT = (

@@ -10,7 +10,7 @@ from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.chain import MAX_ENTRY_BYTES, Chain, Entry
 from hivegrpo.protocol.envelope import parse
 from hivegrpo.protocol.errors import ChainError, ConfigError, FrameError
-from hivegrpo.protocol.files import write_whole
+from hivegrpo.protocol.files import sync_folder, write_whole
 
 RUN_FILE = "run.manifest"
 ENTRIES_FILE = "chain.bin"
@@ -23,6 +23,7 @@ class ChainFile:
         self.chain = chain
         self._path = home / ENTRIES_FILE
         self._whole = 0
+        self._taken: list[bytes] = []
 
     @classmethod
     def create(cls, home: Path, run: pb.Signed, coordinator: str) -> "ChainFile":
@@ -59,13 +60,29 @@ class ChainFile:
 
     def append(self, message: pb.ChainEntry) -> Entry:
         """Verify the next entry, then write it."""
+        entry = self.take(message)
+        self.flush()
+        return entry
+
+    def take(self, message: pb.ChainEntry) -> Entry:
+        """Verify the next entry, for `flush` to write: who takes many waits for the disk once."""
         entry = self.chain.append(message)
         data = message.SerializeToString()
+        self._taken.append(len(data).to_bytes(4, "big") + data)
+        return entry
+
+    def flush(self) -> None:
+        """Have everything that was taken on disk (fsync)."""
+        if not self._taken:
+            return
+        begins = not self._path.exists()
         with self._path.open("ab") as file:
-            file.write(len(data).to_bytes(4, "big") + data)
+            file.write(b"".join(self._taken))
             file.flush()
             os.fsync(file.fileno())
-        return entry
+        if begins:
+            sync_folder(self._path.parent)
+        self._taken = []
 
     def _load(self) -> None:
         if not self._path.is_file():

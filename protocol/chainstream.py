@@ -9,12 +9,14 @@ from typing import Protocol
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.chain import MAX_ENTRY_BYTES, Chain, Entry
 from hivegrpo.protocol.envelope import parse
-from hivegrpo.protocol.errors import ChainError, FrameError
-from hivegrpo.protocol.transport.base import Stream, Transport
+from hivegrpo.protocol.errors import ChainError, FrameError, RemoteError, ReplayError
+from hivegrpo.protocol.transport.base import Dials, Stream, Transport
 
 CHAIN = "chain"
 MAX_ENTRIES = 256
 """Entries in one answer; a reader that wants more asks again."""
+BEYOND = 1 << 62
+"""No chain has this version: who asks for it gets the run manifest, and no entry."""
 
 
 class ChainSource(Protocol):
@@ -46,15 +48,29 @@ async def serve_chain(transport: Transport, source: ChainSource) -> None:
     await transport.serve_stream(CHAIN, handle)
 
 
-async def fetch_run(transport: Transport, holder: str) -> pb.Signed:
+async def fetch_run(transport: Dials, holder: str) -> pb.Signed:
     """The signed run manifest that `holder` serves, unverified; give it to `Chain`."""
     async with await transport.open_stream(holder, CHAIN) as stream:
-        header = await _ask(stream, first=0)
+        header = await _ask(stream, first=BEYOND)
         return header.run
 
 
+async def find_chain(transport: Dials, holder: str, run_id: str | None = None) -> Chain:
+    """The run that `holder` serves, of which nothing but the manifest is verified yet.
+
+    ChainError unless `holder` coordinates it or, where a run id is given, it is that run: then anybody may serve it.
+    """
+    run = await fetch_run(transport, holder)
+    if run_id is None:
+        return Chain(run, holder)
+    chain = Chain(run)
+    if chain.run_id != run_id:
+        raise _another_run(holder)
+    return chain
+
+
 async def extend_chain(
-    transport: Transport, holder: str, chain: Chain, append: Callable[[pb.ChainEntry], Entry] | None = None
+    transport: Dials, holder: str, chain: Chain, append: Callable[[pb.ChainEntry], Entry] | None = None
 ) -> int:
     """Fetch and verify what `holder` has beyond `chain`'s head; how many versions were added.
 
@@ -63,15 +79,58 @@ async def extend_chain(
     ChainError for an entry that does not verify or for another run; WireError when the holder fails.
     """
     start = chain.height
+    while await _fetch(transport, holder, chain, append or chain.append, chain.height + 1) == MAX_ENTRIES:
+        pass
+    return chain.height - start
+
+
+async def follow_chain(
+    transport: Dials, holder: str, chain: Chain, append: Callable[[pb.ChainEntry], Entry] | None = None
+) -> int:
+    """Like `extend_chain`, from a holder that has to have `chain`'s head: it is asked for it, and compared.
+
+    ForkError if it has another one in its place. If its chain ends before: ReplayError if it is the coordinator, whose
+    chain only grows, RemoteError if it is somebody who may have yet to hear of the newest version.
+    """
+    start = chain.height
+    compared = False
+
+    def take(message: pb.ChainEntry) -> None:
+        nonlocal compared
+        if compared:
+            (append or chain.append)(message)
+        else:
+            chain.check_head(message)
+            compared = True
+
     while True:
-        async with await transport.open_stream(holder, CHAIN) as stream:
-            header = await _ask(stream, first=chain.height + 1)
-            if header.run.payload != chain.run.payload:
-                raise ChainError(f"{holder} serves another run.", "Check the address with whoever launched the run.")
-            for _ in range(header.count):
-                (append or chain.append)(parse(pb.ChainEntry, await stream.receive(MAX_ENTRY_BYTES)))
-        if header.count < MAX_ENTRIES:
+        compared = chain.height < 0
+        asked = max(chain.height, 0)
+        count = await _fetch(transport, holder, chain, take, asked)
+        if not compared:
+            text = f"The chain of {holder} ends before version {chain.height}, which was verified earlier"
+            if holder == chain.coordinator:
+                raise ReplayError(f"{text}.", OLDER_HINT)
+            raise RemoteError(text)
+        if count < MAX_ENTRIES:
             return chain.height - start
+
+
+async def _fetch(
+    transport: Dials, holder: str, chain: Chain, take: Callable[[pb.ChainEntry], object], first: int
+) -> int:
+    """Have `take` one answer's entries from version `first` on; how many there were."""
+    async with await transport.open_stream(holder, CHAIN) as stream:
+        header = await _ask(stream, first)
+        if header.run.payload != chain.run.payload:
+            raise _another_run(holder)
+        for _ in range(header.count):
+            take(parse(pb.ChainEntry, await stream.receive(MAX_ENTRY_BYTES)))
+    return header.count
+
+
+def _another_run(holder: str) -> ChainError:
+    return ChainError(f"{holder} serves another run.", "Check the address with whoever launched the run.")
 
 
 async def _ask(stream: Stream, first: int) -> pb.ChainHeader:
@@ -80,3 +139,9 @@ async def _ask(stream: Stream, first: int) -> pb.ChainHeader:
     if header.count > MAX_ENTRIES or header.first != first:
         raise FrameError(f"a chain header with {header.count} entries from {header.first}")
     return header
+
+
+OLDER_HINT = (
+    "The coordinator was started from an old copy of its home, or somebody else has its key: do not contribute, and "
+    "tell whoever launched the run."
+)

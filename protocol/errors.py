@@ -6,6 +6,10 @@
     ├── BusyError              75  a port or a home folder is in use; try again later
     ├── MismatchError          76  protocol, digest or known-answer test differs
     │   └── ChainError         76  a version chain that does not verify
+    │       ├── ForgedError    76  changed, or not signed by who alone may sign it
+    │       ├── GapError       76  not the version that comes next
+    │       ├── ForkError      76  a second history under the same signature
+    │       └── ReplayError    76  older than what was verified before
     ├── NumericsError           1  this machine does not compute the canonical numbers
     └── WireError               -  something that came from the network is wrong: dropped, counted, shown
         ├── FrameError             oversized, truncated or malformed frame or message
@@ -60,6 +64,22 @@ class MismatchError(HiveError):
 
 class ChainError(MismatchError):
     """A version chain that does not verify: bad signature, gap, fork or wrong content."""
+
+
+class ForgedError(ChainError):
+    """A part of a chain that was changed, or that somebody else signed than who alone may."""
+
+
+class GapError(ChainError):
+    """A version that is not the one that comes next."""
+
+
+class ForkError(ChainError):
+    """A second history under the same signature: another version of a number, or one with another parent."""
+
+
+class ReplayError(ChainError):
+    """Something that was in order once, offered where newer has been verified."""
 
 
 class NumericsError(HiveError):

@@ -1,87 +1,35 @@
 import asyncio
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from google.protobuf.message import Message
+from support.chains import ROOT, ChainMaker
 
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.chainfile import ENTRIES_FILE, RUN_FILE, ChainFile
 from hivegrpo.protocol.chainstream import MAX_ENTRIES, extend_chain, fetch_run, serve_chain
 from hivegrpo.protocol.envelope import digest_of, run_id_of, sign
-from hivegrpo.protocol.errors import ChainError, ConfigError, FrameError
+from hivegrpo.protocol.errors import (
+    ChainError,
+    ConfigError,
+    ForgedError,
+    ForkError,
+    FrameError,
+    GapError,
+    ReplayError,
+)
 from hivegrpo.protocol.identity import Identity
-from hivegrpo.protocol.scalars import StepScalars, fp32_bits
 from hivegrpo.protocol.transport.base import Stream
 from hivegrpo.protocol.transport.memory import MemoryNetwork
 
-SCALARS = StepScalars.for_step(1, learning_rate=0.1, beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.0).to_bits()
-PEERS = sorted(Identity.generate().peer_id for _ in range(2))
-ROOT = sha256(b"root").digest()
-
-
-class Coordinator:
-    """Signs a chain."""
-
-    def __init__(self, name: bytes = b"") -> None:
-        self.identity = Identity.generate()
-        manifest = pb.RunManifest(protocol="hivegrpo/1", coordinator=self.identity.peer_id, nonce=name.ljust(16))
-        self.run_id = run_id_of(manifest.SerializeToString(deterministic=True))
-        self.run = sign(self.identity, self.run_id, manifest)
-        self.head = digest_of(self.run.payload)
-
-    def chain(self) -> Chain:
-        return Chain(self.run, self.identity.peer_id)
-
-    def sign(self, message: Message) -> pb.Signed:
-        return sign(self.identity, self.run_id, message)
-
-    def messages(self, version: int) -> tuple[pb.VersionManifest, pb.RoundPlan | None, pb.Seal | None]:
-        """The next version's, without the digests that tie them together."""
-        manifest = pb.VersionManifest(version=version, parent=self.head, state=pb.Blob(root=ROOT, size=20))
-        if version == 0:
-            return manifest, None, None
-        manifest.spans.append(pb.Blob(root=ROOT, size=4))
-        plan = pb.RoundPlan(
-            version=version,
-            parent=self.head,
-            attempt=1,
-            codec="fp32",
-            rule="mean",
-            values=1,
-            contributors=[pb.Contributor(peer=peer, weight=1, root=ROOT) for peer in PEERS],
-            reducers=[pb.Reducer(peer=PEERS[0], first=0, chunks=1)],
-            scalars=SCALARS,
-            exchange_seconds=1.0,
-            step_seconds=1.0,
-            audit_seconds=1.0,
-        )
-        return manifest, plan, pb.Seal(contributors=[pb.Sealed(peer=PEERS[1], coefficient=fp32_bits(1.0))])
-
-    def bind(self, manifest: pb.VersionManifest, plan: pb.RoundPlan | None, seal: pb.Seal | None) -> pb.ChainEntry:
-        """Tie the messages together, sign them, and move the head."""
-        entry = pb.ChainEntry()
-        if plan is not None and seal is not None:
-            entry.plan.CopyFrom(self.sign(plan))
-            seal.plan = digest_of(entry.plan.payload)
-            entry.seal.CopyFrom(self.sign(seal))
-            manifest.plan, manifest.seal = seal.plan, digest_of(entry.seal.payload)
-        entry.manifest.CopyFrom(self.sign(manifest))
-        self.head = digest_of(entry.manifest.payload)
-        return entry
-
-    def entries(self, count: int) -> list[pb.ChainEntry]:
-        return [self.bind(*self.messages(version)) for version in range(count)]
-
 
 @pytest.fixture
-def coordinator() -> Coordinator:
-    return Coordinator()
+def coordinator() -> ChainMaker:
+    return ChainMaker()
 
 
-def test_a_chain_of_signed_versions_verifies(coordinator: Coordinator) -> None:
+def test_a_chain_of_signed_versions_verifies(coordinator: ChainMaker) -> None:
     chain = coordinator.chain()
     assert (chain.height, chain.head) == (-1, None)
     for entry in coordinator.entries(4):
@@ -92,48 +40,69 @@ def test_a_chain_of_signed_versions_verifies(coordinator: Coordinator) -> None:
     assert chain.head.manifest.digest == coordinator.head
 
 
-def refused(chain: Chain, entry: pb.ChainEntry, reason: str) -> None:
+def refused(chain: Chain, entry: pb.ChainEntry, reason: str, kind: type[ChainError] = ChainError) -> None:
     height = chain.height
-    with pytest.raises(ChainError, match=reason):
+    with pytest.raises(ChainError, match=reason) as caught:
         chain.append(entry)
+    assert type(caught.value) is kind
     assert chain.height == height
 
 
-def test_a_gap_is_refused(coordinator: Coordinator) -> None:
+def test_a_gap_is_refused(coordinator: ChainMaker) -> None:
     first, _, third = coordinator.entries(3)
     chain = coordinator.chain()
     chain.append(first)
-    refused(chain, third, "Expected version 1, got 2")
-    refused(chain, first, "Expected version 1, got 0")
+    refused(chain, third, "Expected version 1, got 2", GapError)
 
 
-def test_a_fork_is_refused(coordinator: Coordinator) -> None:
+def test_a_replay_is_refused(coordinator: ChainMaker) -> None:
+    entries = coordinator.entries(3)
+    chain = coordinator.chain()
+    for entry in entries:
+        chain.append(entry)
+    for version, entry in enumerate(entries):
+        refused(chain, entry, f"Expected version 3, got {version} again", ReplayError)
+
+
+def test_a_fork_is_refused(coordinator: ChainMaker) -> None:
     chain = coordinator.chain()
     for entry in coordinator.entries(2):
         chain.append(entry)
     manifest, plan, seal = coordinator.messages(2)
     manifest.parent = digest_of(b"another version 1")
-    refused(chain, coordinator.bind(manifest, plan, seal), "its parent differs")
+    refused(chain, coordinator.bind(manifest, plan, seal), "its parent differs", ForkError)
 
 
-def test_version_0_continues_the_run_manifest(coordinator: Coordinator) -> None:
+def test_a_second_version_of_a_number_is_a_fork(coordinator: ChainMaker) -> None:
+    chain = coordinator.chain()
+    first, second = coordinator.entries(2)
+    chain.append(first)
+    coordinator.head = digest_of(first.manifest.payload)
+    manifest, plan, seal = coordinator.messages(1)
+    manifest.state.size += 1
+    other = coordinator.bind(manifest, plan, seal)
+    chain.append(second)
+    refused(chain, other, "got 1, another one than was verified", ForkError)
+
+
+def test_version_0_continues_the_run_manifest(coordinator: ChainMaker) -> None:
     manifest, _, _ = coordinator.messages(0)
     manifest.parent = digest_of(b"another run")
-    refused(coordinator.chain(), coordinator.bind(manifest, None, None), "its parent differs")
+    refused(coordinator.chain(), coordinator.bind(manifest, None, None), "its parent differs", ForkError)
 
 
 @pytest.mark.parametrize("part", ["manifest", "plan", "seal"])
-def test_a_tampered_part_is_refused(coordinator: Coordinator, part: str) -> None:
+def test_a_tampered_part_is_refused(coordinator: ChainMaker, part: str) -> None:
     first, second = coordinator.entries(2)
     chain = coordinator.chain()
     chain.append(first)
     envelope = getattr(second, part)
     envelope.payload += b"\x00"
-    refused(chain, second, "not signed by")
+    refused(chain, second, "not signed by", ForgedError)
 
 
 @pytest.mark.parametrize("part", ["manifest", "plan", "seal"])
-def test_another_signer_is_refused(coordinator: Coordinator, part: str) -> None:
+def test_another_signer_is_refused(coordinator: ChainMaker, part: str) -> None:
     first, second = coordinator.entries(2)
     chain = coordinator.chain()
     chain.append(first)
@@ -141,22 +110,22 @@ def test_another_signer_is_refused(coordinator: Coordinator, part: str) -> None:
     kind = {"manifest": pb.VersionManifest, "plan": pb.RoundPlan, "seal": pb.Seal}[part]
     message = kind.FromString(getattr(second, part).payload)
     getattr(second, part).CopyFrom(sign(mallory, coordinator.run_id, message))
-    refused(chain, second, f"is signed by '{mallory.peer_id}'")
+    refused(chain, second, f"is signed by '{mallory.peer_id}'", ForgedError)
 
 
-def test_another_runs_versions_are_refused(coordinator: Coordinator) -> None:
-    other = Coordinator(b"other")
+def test_another_runs_versions_are_refused(coordinator: ChainMaker) -> None:
+    other = ChainMaker(b"other")
     other.identity = coordinator.identity
-    refused(coordinator.chain(), other.entries(1)[0], "not signed by")
+    refused(coordinator.chain(), other.entries(1)[0], "not signed by", ForgedError)
 
 
-def _other_plan(entry: pb.ChainEntry, coordinator: Coordinator) -> None:
+def _other_plan(entry: pb.ChainEntry, coordinator: ChainMaker) -> None:
     plan = pb.RoundPlan.FromString(entry.plan.payload)
     plan.attempt += 1
     entry.plan.CopyFrom(coordinator.sign(plan))
 
 
-def _other_seal(entry: pb.ChainEntry, coordinator: Coordinator) -> None:
+def _other_seal(entry: pb.ChainEntry, coordinator: ChainMaker) -> None:
     seal = pb.Seal.FromString(entry.seal.payload)
     seal.contributors[0].norm_squared = b"\x07"  # of a mean, which needs no norms
     entry.seal.CopyFrom(coordinator.sign(seal))
@@ -164,7 +133,7 @@ def _other_seal(entry: pb.ChainEntry, coordinator: Coordinator) -> None:
 
 @pytest.mark.parametrize("swap", [_other_plan, _other_seal])
 def test_a_plan_or_seal_that_the_manifest_does_not_name_is_refused(
-    coordinator: Coordinator, swap: Callable[[pb.ChainEntry, Coordinator], None]
+    coordinator: ChainMaker, swap: Callable[[pb.ChainEntry, ChainMaker], None]
 ) -> None:
     first, second = coordinator.entries(2)
     chain = coordinator.chain()
@@ -182,7 +151,7 @@ def _plan_on_another_parent(plan: pb.RoundPlan) -> None:
 
 
 @pytest.mark.parametrize("change", [_plan_of_version_7, _plan_on_another_parent])
-def test_a_plan_for_another_round_is_refused(coordinator: Coordinator, change: Callable[[pb.RoundPlan], None]) -> None:
+def test_a_plan_for_another_round_is_refused(coordinator: ChainMaker, change: Callable[[pb.RoundPlan], None]) -> None:
     chain = coordinator.chain()
     chain.append(coordinator.entries(1)[0])
     manifest, plan, seal = coordinator.messages(1)
@@ -191,7 +160,7 @@ def test_a_plan_for_another_round_is_refused(coordinator: Coordinator, change: C
     refused(chain, coordinator.bind(manifest, plan, seal), "do not belong together")
 
 
-def test_a_version_without_a_span_for_each_reducer_is_refused(coordinator: Coordinator) -> None:
+def test_a_version_without_a_span_for_each_reducer_is_refused(coordinator: ChainMaker) -> None:
     chain = coordinator.chain()
     chain.append(coordinator.entries(1)[0])
     manifest, plan, seal = coordinator.messages(1)
@@ -199,7 +168,7 @@ def test_a_version_without_a_span_for_each_reducer_is_refused(coordinator: Coord
     refused(chain, coordinator.bind(manifest, plan, seal), "one span for each reducer")
 
 
-def test_the_reference_stays_or_moves_to_the_version_itself(coordinator: Coordinator) -> None:
+def test_the_reference_stays_or_moves_to_the_version_itself(coordinator: ChainMaker) -> None:
     chain = coordinator.chain()
     for version, reference in enumerate([0, 0, 2, 2, 4]):
         manifest, plan, seal = coordinator.messages(version)
@@ -217,12 +186,12 @@ def test_the_reference_stays_or_moves_to_the_version_itself(coordinator: Coordin
     refused(chain, coordinator.bind(manifest, plan, seal), "refers to version 6, which is to come")
 
 
-def test_a_run_manifest_of_another_coordinator_is_refused(coordinator: Coordinator) -> None:
+def test_a_run_manifest_of_another_coordinator_is_refused(coordinator: ChainMaker) -> None:
     with pytest.raises(ChainError, match="run manifest does not verify"):
         Chain(coordinator.run, Identity.generate().peer_id)
 
 
-def test_a_home_keeps_the_chain(coordinator: Coordinator, tmp_path: Path) -> None:
+def test_a_home_keeps_the_chain(coordinator: ChainMaker, tmp_path: Path) -> None:
     kept = ChainFile.create(tmp_path, coordinator.run, coordinator.identity.peer_id)
     for entry in coordinator.entries(3):
         kept.append(entry)
@@ -233,7 +202,7 @@ def test_a_home_keeps_the_chain(coordinator: Coordinator, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("cut", [1, 3, 4, 5, 100])
-def test_an_entry_that_a_crash_cut_short_is_removed(coordinator: Coordinator, tmp_path: Path, cut: int) -> None:
+def test_an_entry_that_a_crash_cut_short_is_removed(coordinator: ChainMaker, tmp_path: Path, cut: int) -> None:
     entries = coordinator.entries(3)
     kept = ChainFile.create(tmp_path, coordinator.run, coordinator.identity.peer_id)
     kept.append(entries[0])
@@ -251,7 +220,7 @@ def test_an_entry_that_a_crash_cut_short_is_removed(coordinator: Coordinator, tm
     assert ChainFile.open(tmp_path).chain.height == 2
 
 
-def test_a_damaged_entry_is_an_error(coordinator: Coordinator, tmp_path: Path) -> None:
+def test_a_damaged_entry_is_an_error(coordinator: ChainMaker, tmp_path: Path) -> None:
     kept = ChainFile.create(tmp_path, coordinator.run, coordinator.identity.peer_id)
     for entry in coordinator.entries(2):
         kept.append(entry)
@@ -266,7 +235,7 @@ def test_a_damaged_entry_is_an_error(coordinator: Coordinator, tmp_path: Path) -
             ChainFile.open(tmp_path)
 
 
-def test_a_home_takes_no_second_run(coordinator: Coordinator, tmp_path: Path) -> None:
+def test_a_home_takes_no_second_run(coordinator: ChainMaker, tmp_path: Path) -> None:
     ChainFile.create(tmp_path, coordinator.run, coordinator.identity.peer_id)
     other = pb.RunManifest.FromString(coordinator.run.payload)
     other.nonce = b"another run"
@@ -294,7 +263,7 @@ async def served(network: MemoryNetwork, chain: Chain) -> tuple[Chain, pb.Signed
 
 
 @pytest.mark.parametrize("count", [0, 3, MAX_ENTRIES, MAX_ENTRIES + 1])
-def test_a_chain_is_fetched_whole(coordinator: Coordinator, count: int) -> None:
+def test_a_chain_is_fetched_whole(coordinator: ChainMaker, count: int) -> None:
     chain = coordinator.chain()
     for entry in coordinator.entries(count):
         chain.append(entry)
@@ -303,11 +272,11 @@ def test_a_chain_is_fetched_whole(coordinator: Coordinator, count: int) -> None:
     assert run == coordinator.run
 
 
-def test_a_holder_of_another_run_is_refused(coordinator: Coordinator) -> None:
+def test_a_holder_of_another_run_is_refused(coordinator: ChainMaker) -> None:
     async def scenario() -> None:
         network = MemoryNetwork()
         holder, reader = network.join("holder"), network.join("reader")
-        await serve_chain(holder, Coordinator(b"other").chain())
+        await serve_chain(holder, ChainMaker(b"other").chain())
         await reader.connect(holder.addresses())
         chain = coordinator.chain()
         with pytest.raises(ChainError, match="serves another run"):
@@ -317,7 +286,7 @@ def test_a_holder_of_another_run_is_refused(coordinator: Coordinator) -> None:
 
 
 @pytest.mark.parametrize(("first", "count"), [(0, MAX_ENTRIES + 1), (1, 0)])
-def test_a_header_that_was_not_asked_for_is_refused(coordinator: Coordinator, first: int, count: int) -> None:
+def test_a_header_that_was_not_asked_for_is_refused(coordinator: ChainMaker, first: int, count: int) -> None:
     async def lie(stream: Stream) -> None:
         await stream.receive(64)
         await stream.send(pb.ChainHeader(run=coordinator.run, first=first, count=count).SerializeToString())

@@ -14,6 +14,7 @@ PACKAGES = ("cli", "coordinator", "peer", "protocol")
 PRODUCT = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 TREE = sorted({*PRODUCT, *(ROOT / "tests").rglob("*.py"), *(ROOT / "examples").rglob("*.py")})
 P2P = ROOT / "protocol" / "transport" / "p2p.py"
+LIGHT = ROOT / "protocol" / "transport" / "light.py"
 
 FORBIDDEN = {
     "peer": ("hivegrpo.coordinator", "hivegrpo.cli"),
@@ -76,6 +77,12 @@ def test_only_the_p2p_transport_imports_hivemind(path: Path) -> None:
     assert [name for name in imports(parse(path)) if within(name, "hivemind")] == []
 
 
+@pytest.mark.parametrize("path", TREE, ids=name_of)
+def test_only_the_light_transport_imports_py_libp2p_and_trio(path: Path) -> None:
+    if path != LIGHT:
+        assert [name for name in imports(parse(path)) if within(name, "libp2p") or within(name, "trio")] == []
+
+
 @pytest.mark.parametrize("path", [path for path in PRODUCT if path.name == "__init__.py"], ids=name_of)
 def test_no_package_imports_the_p2p_transport_for_its_users(path: Path) -> None:
     assert [name for name in imports(parse(path)) if within(name, "hivegrpo.protocol.transport.p2p")] == []
@@ -108,7 +115,7 @@ def test_importing_the_protocol_brings_in_neither_torch_nor_hivemind() -> None:
     modules = [
         ".".join(("hivegrpo", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
         for path in sorted((ROOT / "protocol").rglob("*.py"))
-        if path != P2P
+        if path not in (P2P, LIGHT)
     ]
     code = (
         f"import importlib, sys\nfor name in {modules!r}:\n"

@@ -7,7 +7,7 @@ id that a handler sees is authenticated by the transport.
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 MAX_CALL_BYTES = 1 << 20
 """Largest request or answer of a unary call, bytes."""
@@ -60,6 +60,16 @@ CallHandler = Callable[[bytes, str], Awaitable[bytes]]
 
 StreamHandler = Callable[[Stream], Awaitable[None]]
 """Serves one stream; the transport closes it afterwards. A WireError it raises is counted and shown."""
+
+
+class Dials(Protocol):
+    """What a reader needs of a transport: the light client has no more than this, and no event loop of asyncio."""
+
+    async def connect(self, addresses: list[str], timeout: float = 10.0) -> str:
+        """See `Transport.connect`."""
+
+    async def open_stream(self, peer_id: str, name: str, timeout: float = 10.0) -> Stream:
+        """See `Transport.open_stream`."""
 
 
 class Transport(ABC):
