@@ -17,7 +17,7 @@ from hivegrpo.peer.learn.learner import Learner
 from hivegrpo.peer.numerics import check_numerics
 from hivegrpo.peer.rewards.registry import reward_versions
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.config import RunConfig
 from hivegrpo.protocol.envelope import PROTOCOL, parse, run_id_of, sign_payload

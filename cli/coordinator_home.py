@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hivegrpo.peer.inference.locate import BLOBS, read_chain
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chainfile import RUN_FILE, ChainFile
 from hivegrpo.protocol.config import RunConfig
 from hivegrpo.protocol.envelope import run_id_of

@@ -30,7 +30,8 @@ from hivegrpo.coordinator.state import Phase, State, Terms
 from hivegrpo.coordinator.status import Pulse, snapshot
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobs import BlobRef
-from hivegrpo.protocol.blobstream import BlobStore, serve_blobs
+from hivegrpo.protocol.blobstore import BlobStore
+from hivegrpo.protocol.blobstream import serve_blobs
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.chainstream import serve_chain
 from hivegrpo.protocol.config import RunConfig

@@ -27,7 +27,8 @@ from hivegrpo.peer.swarm.versions import Versions
 from hivegrpo.peer.volunteer import Volunteer
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.address import parse_address
-from hivegrpo.protocol.blobstream import BlobStore, serve_blobs
+from hivegrpo.protocol.blobstore import BlobStore
+from hivegrpo.protocol.blobstream import serve_blobs
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.chainstream import fetch_run, serve_chain

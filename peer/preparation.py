@@ -9,7 +9,8 @@ from hivegrpo.peer.learn.learner import Learner
 from hivegrpo.peer.materials import base_folder, file_refs, read_rows
 from hivegrpo.peer.rewards.registry import find_rewards, reward_versions
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.blobstream import BlobStore, fetch_blob
+from hivegrpo.protocol.blobfetch import fetch_blob
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.config import PeerConfig, RunConfig
 from hivegrpo.protocol.errors import ConfigError, MismatchError, UnreachableError, WireError

@@ -23,7 +23,9 @@ from hivegrpo.peer.swarm.sync import Synchroniser
 from hivegrpo.peer.swarm.versions import Versions
 from hivegrpo.protocol import blobs, merkle
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.blobstream import BlobStore, fetch_blob, serve_blobs
+from hivegrpo.protocol.blobfetch import fetch_blob
+from hivegrpo.protocol.blobstore import BlobStore
+from hivegrpo.protocol.blobstream import serve_blobs
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.chainstream import serve_chain

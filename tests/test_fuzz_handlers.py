@@ -27,8 +27,9 @@ from hivegrpo.peer.swarm.exchange import Exchange, ExchangeServer
 from hivegrpo.peer.swarm.reducer import SpanLayout
 from hivegrpo.peer.swarm.session import Session
 from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.blobfetch import fetch_blob
 from hivegrpo.protocol.blobs import blob_ref
-from hivegrpo.protocol.blobstream import BlobStore, fetch_blob
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.chainstream import extend_chain, fetch_run
 from hivegrpo.protocol.envelope import PROTOCOL, parse, sign

@@ -16,7 +16,8 @@ from hivegrpo.peer.inference.load import load
 from hivegrpo.peer.inference.locate import open_run
 from hivegrpo.peer.inference.remote import mirror_run
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.blobstream import BlobStore, serve_blobs
+from hivegrpo.protocol.blobstore import BlobStore
+from hivegrpo.protocol.blobstream import serve_blobs
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.chainstream import serve_chain
 from hivegrpo.protocol.envelope import sign

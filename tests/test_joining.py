@@ -13,7 +13,8 @@ from hivegrpo.cli.prepare import prepare_run
 from hivegrpo.peer.daemon import run_peer
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobs import BlobRef
-from hivegrpo.protocol.blobstream import BlobStore, serve_blobs
+from hivegrpo.protocol.blobstore import BlobStore
+from hivegrpo.protocol.blobstream import serve_blobs
 from hivegrpo.protocol.chainstream import serve_chain
 from hivegrpo.protocol.config import PeerConfig, RunConfig
 from hivegrpo.protocol.envelope import open_run, run_id_of, sign

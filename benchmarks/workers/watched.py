@@ -23,7 +23,7 @@ from hivegrpo.peer.swarm.codecs.base import Codec
 from hivegrpo.peer.swarm.codecs.vectors import decode_vector
 from hivegrpo.peer.swarm.session import REPORT
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.chainstream import fetch_run
 from hivegrpo.protocol.config import RunConfig

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hivegrpo.protocol.blobs import BlobRef, blob_root
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.chainfile import RUN_FILE, ChainFile
 from hivegrpo.protocol.config import RunConfig

@@ -13,8 +13,9 @@ from hivegrpo.peer.materials import file_refs
 from hivegrpo.peer.swarm.versions import ref_of
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.address import parse_address
+from hivegrpo.protocol.blobfetch import fetch_blob
 from hivegrpo.protocol.blobs import BlobRef
-from hivegrpo.protocol.blobstream import BlobStore, fetch_blob
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.chainstream import extend_chain, fetch_run
@@ -22,8 +23,6 @@ from hivegrpo.protocol.errors import HiveError, UnreachableError, WireError
 from hivegrpo.protocol.homes import locked_home, run_folder
 from hivegrpo.protocol.transport.base import Transport
 
-SLOWEST = 125_000
-"""Bytes a second (1 Mbit/s) below which a download is given up."""
 DIAL_SECONDS = 3.0
 
 
@@ -96,7 +95,7 @@ class _Fetcher:
 
     async def _get(self, ref: BlobRef) -> None:
         if not self._run.has(ref):
-            await fetch_blob(self._transport, ref, self._holders, self._store, 60.0 + ref.size / SLOWEST)
+            await fetch_blob(self._transport, ref, self._holders, self._store)
 
     async def _find_holders(self) -> None:
         head = self._run.chain.head

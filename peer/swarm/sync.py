@@ -9,8 +9,8 @@ import structlog
 from hivegrpo.peer.swarm.directory import Directory
 from hivegrpo.peer.swarm.versions import Versions, ref_of
 from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.blobfetch import fetch_blob
 from hivegrpo.protocol.blobs import BlobRef
-from hivegrpo.protocol.blobstream import fetch_blob
 from hivegrpo.protocol.chainstream import extend_chain
 from hivegrpo.protocol.envelope import open_signed, parse
 from hivegrpo.protocol.errors import ChainError, RemoteError, WireError

@@ -13,7 +13,7 @@ from hivegrpo.peer.learn.step import PolicyState, state_bytes, state_from_bytes
 from hivegrpo.peer.swarm.replay import replay
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobs import BlobRef, blob_root
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chain import Entry
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.coefficients import planned_rule

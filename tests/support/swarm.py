@@ -17,7 +17,7 @@ from hivegrpo.peer.daemon import work_in_run
 from hivegrpo.peer.desk import Learns
 from hivegrpo.peer.home import PeerHome
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.config import RunConfig
 from hivegrpo.protocol.envelope import run_id_of
