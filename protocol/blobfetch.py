@@ -29,6 +29,9 @@ STALL_SECONDS = 60.0
 SEED_PATIENCE = 5.0
 """Seconds without anything from other holders, after which the seed is asked. At once, if nobody else can be."""
 
+ORPHAN_PATIENCE = 0.2
+"""Share of that patience after which the seed is asked for a piece that nobody else offers."""
+
 MAX_SOURCES = 8
 """Holders that are asked at once."""
 
@@ -201,7 +204,7 @@ class BlobFetch:
                 offered |= int.from_bytes(have, "little")
             if offered == (1 << self._ref.pieces) - 1:
                 self._offered = now
-        return now - min(self._given, self._offered) > self._patience
+        return now - self._given > self._patience or now - self._offered > ORPHAN_PATIENCE * self._patience
 
     def _start(self, peer: str) -> None:
         source = _Source(peer)
@@ -269,7 +272,7 @@ class BlobFetch:
         """The piece that was asked for first."""
         index = source.asked[0]
         left = self._ref.piece_size(index)
-        blocks = []
+        blocks: list[bytes] = []
         while left:
             block = await reader.read_block(left, self._stall)
             if not block and not blocks:

@@ -24,7 +24,7 @@ MAX_BLOB_BYTES = (MAX_FRAME_BYTES // HASH_BYTES) * PIECE_BYTES
 BLOCK_BYTES = 128 << 10
 """A piece travels in frames of so much: what arrives shows before a whole piece is there."""
 
-MAX_SERVED = 64
+MAX_SERVED = 128
 """Streams that are served at once. Who is refused finds others, of whom there are ever more."""
 
 MAX_SERVED_TO_ONE = 16
@@ -47,7 +47,11 @@ class BlobServer:
         self._book = book
         self._served = 0
 
-    async def serve(self, stream: Stream) -> None:
+    async def start(self, transport: Transport) -> None:
+        """Serve from now on."""
+        await transport.serve_stream(BLOB, self._serve, max_per_peer=MAX_SERVED_TO_ONE)
+
+    async def _serve(self, stream: Stream) -> None:
         """One reader's stream, until it has had enough. WireError for a request that makes no sense."""
         request = parse(pb.BlobRequest, await stream.receive(MAX_REQUEST_BYTES))
         ref = BlobRef(request.blob.root, request.blob.size)
@@ -95,9 +99,9 @@ class BlobServer:
 
 
 async def serve_blobs(transport: Transport, store: BlobStore, book: HolderBook | None = None) -> BlobServer:
-    """Serve blobs from now on."""
+    """Serve what `store` holds from now on."""
     server = BlobServer(store, book)
-    await transport.serve_stream(BLOB, server.serve, max_per_peer=MAX_SERVED_TO_ONE)
+    await server.start(transport)
     return server
 
 

@@ -36,6 +36,11 @@ MAX_TOLD = 16
 log = structlog.get_logger(__name__)
 
 
+def holders_key(run_id: str) -> str:
+    """Where a run's records are in the DHT."""
+    return f"{run_id[:16]}/holders"
+
+
 class HolderBook:
     """What one node knows of the holders of one run, and what it says of itself."""
 
