@@ -61,6 +61,7 @@ class Archive:
 
     def restore(self, manifests: Sequence[pb.VersionManifest]) -> None:
         """After a start: note the anchors that are here, and want those that should be."""
+        wanted: set[bytes] = set()
         anchors = [manifest for manifest in manifests if self._is_anchor(manifest)]
         self._reference = manifests[-1].reference_version if manifests else 0
         for manifest in anchors:
@@ -69,6 +70,8 @@ class Archive:
                 self._kept[manifest.version] = ref
             elif manifest in anchors[-KEPT_ANCHORS:] or manifest.version == self._reference:
                 self.want(manifest)
+                wanted.add(ref.root)
+        self._store.sweep_parts(wanted)
         self._prune()
 
     def want(self, manifest: pb.VersionManifest) -> None:
@@ -83,6 +86,7 @@ class Archive:
         while True:
             manifest = await self._wanted.get()
             await self._fetch(manifest)
+            self._store.sweep_parts()
             self._open -= 1
             if self.idle:
                 self._on_idle()

@@ -114,6 +114,10 @@ class Bench:
                     bans.append(ev.PeerBanned(now, reducer, f"signed two contents of {place}", ref.root, ref.size))
         return bans
 
+    def clear(self) -> None:
+        """Remove what a process that was killed left of the proofs that it fetched."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
     async def close(self) -> None:
         """Drop what is not judged yet: who reported it asks again."""
         tasks = list(self._cases.values())

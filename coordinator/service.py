@@ -123,6 +123,7 @@ class Coordinator:
         ChainError if the log is damaged, or if a peer shows a newer chain than ours; ConfigError if the disk is full.
         """
         self._restore()
+        self._bench.clear()
         await serve_chain(self._transport, self.chain.chain)
         await self._blob_server.start(self._transport)
         await self._transport.serve_call(REPORT, self._on_report)

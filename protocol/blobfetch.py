@@ -384,6 +384,7 @@ async def fetch_blob(
     holders: Sequence[str],
     store: BlobStore,
     *,
+    seed: str | None = None,
     stall: float = STALL_SECONDS,
     within: float | None = None,
 ) -> Path:
@@ -392,7 +393,9 @@ async def fetch_blob(
     RemoteError when none of them gives what is missing, when nothing comes for `stall` seconds, or, if bounded,
     when it is not whole `within` so many seconds.
     """
-    fetch = BlobFetch(ref, store, lambda: holders, lambda peer: transport.open_stream(peer, BLOB), stall=stall)
+    fetch = BlobFetch(
+        ref, store, lambda: holders, lambda peer: transport.open_stream(peer, BLOB), seed=seed, stall=stall
+    )
     try:
         async with asyncio.timeout(within):
             return await fetch.run()

@@ -48,6 +48,7 @@ async def main(home: Path, peers: int, values: int, versions: int, host: str, ta
             serving = asyncio.create_task(coordinator.run(stop))
             say("serving", address=transport.addresses()[0])
             await serving
+            say("served", bytes=coordinator.snapshot()["served_bytes"])
     finally:
         await transport.close()
 

@@ -10,7 +10,7 @@ from hivegrpo.peer.swarm.directory import Directory
 from hivegrpo.protocol.blobfetch import BlobFetch
 from hivegrpo.protocol.blobs import BlobRef
 from hivegrpo.protocol.blobstore import BlobStore
-from hivegrpo.protocol.blobstream import BLOB, serve_blobs
+from hivegrpo.protocol.blobstream import BLOB, BlobServer
 from hivegrpo.protocol.errors import WireError
 from hivegrpo.protocol.holders import LIFE_SECONDS, HolderBook, holders_key
 from hivegrpo.protocol.identity import Identity
@@ -36,13 +36,14 @@ class Sharing:
         self.store = store
         self.directory = Directory(transport)
         self.book = HolderBook(run_id, identity, transport.addresses, lambda endpoint: self.directory.learn([endpoint]))
+        self.server = BlobServer(store, self.book)
         self._transport = transport
         self._coordinator = coordinator
         self._key = holders_key(run_id)
 
     async def start(self) -> None:
         """Serve what is here, and what comes, from now on."""
-        await serve_blobs(self._transport, self.store, self.book)
+        await self.server.start(self._transport)
 
     async def announce(self) -> None:
         """Say in the DHT that versions, or parts of one, can be had here; until cancelled."""
