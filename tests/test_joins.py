@@ -4,24 +4,19 @@ One holder serves wrong pieces, one dies in mid-transfer, and nobody tells the j
 """
 
 import asyncio
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
+from support.joiner import Joiner
 from support.runs import Gate, IntegerLearner, signed_run, small_config
 from support.swarm import Swarm
 
 from hivegrpo.peer.home import PeerHome
-from hivegrpo.peer.swarm.sharing import Sharing
-from hivegrpo.peer.swarm.sync import Synchroniser
-from hivegrpo.peer.swarm.versions import Versions
 from hivegrpo.protocol.blobs import BlobRef
 from hivegrpo.protocol.blobstore import BlobStore
-from hivegrpo.protocol.chainfile import ChainFile
-from hivegrpo.protocol.chainstream import serve_chain
 from hivegrpo.protocol.identity import Identity
-from hivegrpo.protocol.transport.memory import MemoryTransport
 
 VALUES = 300_000
 STATE_BYTES = 12 * VALUES + 8
@@ -51,27 +46,6 @@ class DyingStore(BlobStore):
         if self._served == 10:
             self._loop.call_soon_threadsafe(self.mid_transfer.set)
         return super().read_piece(ref, index)
-
-
-class Joiner:
-    """A node that only synchronises and serves."""
-
-    def __init__(self, swarm: Swarm, home: Path, identity: Identity, store: BlobStore, worker: Executor) -> None:
-        self.transport: MemoryTransport = swarm.network.join(identity)
-        coordinator = swarm.coordinator_identity.peer_id
-        self.sharing = Sharing(self.transport, identity, swarm.run_id, coordinator, store)
-        self.chainfile = ChainFile.create(home, swarm.run, coordinator)
-        self.versions = Versions(home, self.chainfile, store, swarm.config)
-        self._synchroniser = Synchroniser(self.versions, self.transport, self.sharing, worker)
-        self._address = swarm.network.address(coordinator)
-
-    async def serve(self) -> None:
-        await self.transport.connect([self._address])
-        await self.sharing.start()
-        await serve_chain(self.transport, self.chainfile.chain)
-
-    async def synchronise(self) -> None:
-        await self._synchroniser.run()
 
 
 async def make_versions(swarm: Swarm) -> None:

@@ -58,6 +58,8 @@ class Versions:
         """Versions whose whole state is in the store."""
         self._held: set[bytes] = set()
         """Blobs of versions that are in the store, as far as this object has seen them."""
+        self._unclaimed: set[bytes] = set()
+        """Blobs that were here at the start and that no version names, so far."""
         self._pending: list[BlobRef] = []
         self.state_root = blob_root(state_bytes(self.state))
         self._restore()
@@ -98,7 +100,9 @@ class Versions:
                 "which the run's settings do not give.",
                 "Do not contribute, and report this message to whoever launched the run.",
             )
-        return self._chainfile.append(message)
+        entry = self._chainfile.append(message)
+        self._held |= self._unclaimed & self._roots_of(manifest)
+        return entry
 
     def adopt(self, version: int, shadow: PolicyState, root: bytes) -> None:
         """Make `shadow` the current state, if the chain says that it is `version`; ChainError if its root differs.
@@ -174,8 +178,9 @@ class Versions:
         here = self.store.roots()
         states = [self.state_ref(version) for version in range(len(self.chain.entries))]
         self._kept = {version for version in range(1, len(states)) if states[version].root in here}
-        spans = (ref.root for version in range(1, len(states)) for ref in self.span_refs(version))
-        self._held = here & {*spans, *(states[version].root for version in self._kept)}
+        for entry in self.chain.entries:
+            self._held |= here & self._roots_of(entry.manifest.message)
+        self._unclaimed = here - self._held
         with suppress(CommitmentError):
             while self._kept and self.version < max(self._kept):
                 self._load_newest()
@@ -200,6 +205,10 @@ class Versions:
             raise
         except FileNotFoundError as error:
             raise CommitmentError(str(error)) from None
+
+    def _roots_of(self, manifest: pb.VersionManifest) -> set[bytes]:
+        """Names of a version's blobs."""
+        return {manifest.state.root, *(span.root for span in manifest.spans)}
 
     def _forget_pending(self) -> None:
         """Remove the spans of an attempt that came to nothing."""
