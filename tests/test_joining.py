@@ -201,6 +201,23 @@ def test_a_chain_that_does_not_verify_is_not_joined(prepared: Prepared, tmp_path
     assert "report this message" in refusal.value.hint
 
 
+def test_a_file_of_the_base_that_is_damaged_on_disk_is_fetched_again(prepared: Prepared, tmp_path: Path) -> None:
+    """The chain that does not verify comes after the base: so far and no further the second start gets, too."""
+    manifest = pb.VersionManifest(version=1, parent=bytes(32), state=pb.Blob(root=bytes(32), size=20))
+    broken = Source(
+        prepared.run, [pb.ChainEntry(manifest=sign(COORDINATOR, run_id_of(prepared.run.payload), manifest))]
+    )
+    with pytest.raises(ChainError, match="ersion 0"):
+        join(broken, prepared.store, tmp_path)
+    [weights] = [file.blob for file in prepared.manifest.model if file.name.endswith(".safetensors")]
+    path = tmp_path / "blobs" / weights.root.hex()
+    content = path.read_bytes()
+    path.write_bytes(bytes(100) + content[100:])
+    with pytest.raises(ChainError, match="ersion 0"):
+        join(broken, prepared.store, tmp_path)
+    assert path.read_bytes() == content
+
+
 def test_a_file_that_is_not_to_be_had_is_not_waited_for(prepared: Prepared, tmp_path: Path) -> None:
     with pytest.raises(UnreachableError, match="could not be fetched"):
         join(Source(prepared.run), BlobStore(tmp_path / "empty"), tmp_path / "home")
