@@ -1,5 +1,6 @@
 .PHONY: install test parity fuzz lint demo proto \
-	bench bench-wan bench-attacks bench-rounds bench-codecs bench-quality bench-solo bench-learning bench-memory bench-watch
+	bench bench-joins bench-wan bench-attacks bench-rounds bench-codecs bench-quality bench-solo bench-learning \
+	bench-memory bench-watch
 .DEFAULT_GOAL := install
 
 PYTHON ?= python3
@@ -41,6 +42,9 @@ bench: install  ## averaging, against hivemind's
 
 bench-wan: install  ## rounds over 20 Mbit/s uplinks, in network namespaces; needs root
 	$(BIN)/python benchmarks/wan.py
+
+bench-joins: install  ## thirty late joins at once onto three holders, honest and not
+	$(BIN)/python benchmarks/joins.py
 
 bench-codecs: install  ## what encodings of a gradient cost: error, size, speed
 	$(BIN)/python benchmarks/codecs.py

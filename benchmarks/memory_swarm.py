@@ -16,8 +16,9 @@ from hivegrpo.peer.home import PeerHome
 from hivegrpo.peer.learn.learner import Learner
 from hivegrpo.peer.numerics import check_numerics
 from hivegrpo.peer.rewards.registry import reward_versions
+from hivegrpo.peer.swarm.sharing import Sharing
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.config import RunConfig
 from hivegrpo.protocol.envelope import PROTOCOL, parse, run_id_of, sign_payload
@@ -79,6 +80,8 @@ async def _take_part(
     identity = Identity.generate()
     transport, address = network.join(identity), network.address(run.signer)
     await transport.connect([address])
+    sharing = Sharing(transport, identity, run_id_of(run.payload), run.signer, BlobStore(home.blobs))
+    await sharing.start()
     with ThreadPoolExecutor(max_workers=1) as worker:
         await work_in_run(
             address,
@@ -87,7 +90,7 @@ async def _take_part(
             chainfile=ChainFile.create(home.root, run, run.signer),
             config=config,
             home=home,
-            store=BlobStore(home.blobs),
+            sharing=sharing,
             learner=learner,
             worker=worker,
             stop=asyncio.Event(),

@@ -78,6 +78,10 @@ class Worker:
         with suppress(OSError):
             _pipe(self._process.stdin).close()
 
+    def kill(self) -> None:
+        """End it and what it forked in the middle of whatever they do."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+
     def end(self, timeout: float) -> None:
         """Wait until it and what it forked have closed their stdout; kill what is left of its session."""
         self._reader.join(timeout)

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hivegrpo.peer.inference.locate import BLOBS, read_chain
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chainfile import RUN_FILE, ChainFile
 from hivegrpo.protocol.config import RunConfig
 from hivegrpo.protocol.envelope import run_id_of
 from hivegrpo.protocol.errors import ConfigError
-from hivegrpo.protocol.files import sync_folder, write_whole
+from hivegrpo.protocol.files import remove_temporaries, sync_folder, write_whole
 from hivegrpo.protocol.homes import locked_home, run_folder, state_folder
 from hivegrpo.protocol.identity import Identity
 
@@ -29,6 +29,7 @@ def open_home(config: RunConfig, home: Path | None, *, new: bool) -> Iterator[Pa
     """
     root = home or (None if new else find_unfinished(config)) or begin_run(config)
     with locked_home(root):
+        remove_temporaries(root)
         if not (root / RUN_FILE).is_file():
             _fill(config, root)
         elif home is not None:

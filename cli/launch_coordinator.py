@@ -20,7 +20,7 @@ from hivegrpo.coordinator.service import Coordinator
 from hivegrpo.coordinator.state import State
 from hivegrpo.peer.inference.locate import BLOBS
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.config import CoordinatorConfig, RunConfig
 from hivegrpo.protocol.envelope import parse

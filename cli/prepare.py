@@ -15,7 +15,7 @@ from hivegrpo.peer.numerics import check_numerics
 from hivegrpo.peer.rewards.registry import find_rewards, reward_versions
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobs import BlobRef, blob_root
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.config import Rows, RunConfig
 from hivegrpo.protocol.envelope import PROTOCOL, run_id_of, sign
 from hivegrpo.protocol.identity import Identity

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.blobfetch import fetch_blob
 from hivegrpo.protocol.blobs import BlobRef
-from hivegrpo.protocol.blobstream import BlobStore, fetch_blob
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.errors import WireError
 from hivegrpo.protocol.transport.base import Transport
 
@@ -33,7 +34,6 @@ class Archive:
         every: int,
         final: int,
         on_idle: Callable[[], None],
-        fetch_seconds: float = 300.0,
     ) -> None:
         """`holders(version)` are peers that may serve that version's state; `on_idle` is called when all is settled."""
         self.failed: dict[int, str] = {}
@@ -44,7 +44,6 @@ class Archive:
         self._every = every
         self._final = final
         self._on_idle = on_idle
-        self._fetch_seconds = fetch_seconds
         self._wanted: asyncio.Queue[pb.VersionManifest] = asyncio.Queue()
         self._open = 0
         self._kept: dict[int, BlobRef] = {}
@@ -62,6 +61,7 @@ class Archive:
 
     def restore(self, manifests: Sequence[pb.VersionManifest]) -> None:
         """After a start: note the anchors that are here, and want those that should be."""
+        wanted: set[bytes] = set()
         anchors = [manifest for manifest in manifests if self._is_anchor(manifest)]
         self._reference = manifests[-1].reference_version if manifests else 0
         for manifest in anchors:
@@ -70,6 +70,8 @@ class Archive:
                 self._kept[manifest.version] = ref
             elif manifest in anchors[-KEPT_ANCHORS:] or manifest.version == self._reference:
                 self.want(manifest)
+                wanted.add(ref.root)
+        self._store.sweep_parts(wanted)
         self._prune()
 
     def want(self, manifest: pb.VersionManifest) -> None:
@@ -84,6 +86,7 @@ class Archive:
         while True:
             manifest = await self._wanted.get()
             await self._fetch(manifest)
+            self._store.sweep_parts()
             self._open -= 1
             if self.idle:
                 self._on_idle()
@@ -93,7 +96,7 @@ class Archive:
         version, pause = manifest.version, FIRST_PAUSE
         for left in reversed(range(TRIES)):
             try:
-                await fetch_blob(self._transport, ref, self._holders(version), self._store, self._fetch_seconds)
+                await fetch_blob(self._transport, ref, self._holders(version), self._store)
             except (WireError, OSError) as error:
                 self.failed[version] = str(error)
                 tell = log.debug if left else log.warning  # peers may still be writing a state that was just committed

@@ -17,8 +17,9 @@ from hivegrpo.coordinator.reports import attempt_of
 from hivegrpo.coordinator.state import State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.audits import MAX_PROOF_BYTES
+from hivegrpo.protocol.blobfetch import fetch_blob
 from hivegrpo.protocol.blobs import BlobRef
-from hivegrpo.protocol.blobstream import BlobStore, fetch_blob
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.checks import check_digest
 from hivegrpo.protocol.envelope import Opened, parse, run_id_of
 from hivegrpo.protocol.errors import FrameError, RemoteError, WireError
@@ -113,6 +114,10 @@ class Bench:
                     bans.append(ev.PeerBanned(now, reducer, f"signed two contents of {place}", ref.root, ref.size))
         return bans
 
+    def clear(self) -> None:
+        """Remove what a process that was killed left of the proofs that it fetched."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
     async def close(self) -> None:
         """Drop what is not judged yet: who reported it asks again."""
         tasks = list(self._cases.values())
@@ -126,7 +131,7 @@ class Bench:
         outcome: str | None = None
         try:
             shutil.rmtree(inbox, ignore_errors=True)
-            path = await fetch_blob(self._transport, ref, [peer], BlobStore(inbox), FETCH_SECONDS)
+            path = await fetch_blob(self._transport, ref, [peer], BlobStore(inbox), within=FETCH_SECONDS)
             proof = await asyncio.to_thread(path.read_bytes)
             await self._convict(proof, judge)
         except RemoteError as error:

@@ -30,12 +30,14 @@ from hivegrpo.coordinator.state import Phase, State, Terms
 from hivegrpo.coordinator.status import Pulse, snapshot
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobs import BlobRef
-from hivegrpo.protocol.blobstream import BlobStore, serve_blobs
+from hivegrpo.protocol.blobstore import BlobStore
+from hivegrpo.protocol.blobstream import BlobServer
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.chainstream import serve_chain
 from hivegrpo.protocol.config import RunConfig
 from hivegrpo.protocol.envelope import digest_of, open_signed, parse, run_id_of, sign_payload
 from hivegrpo.protocol.errors import ChainError, RemoteError, WireError
+from hivegrpo.protocol.holders import HolderBook
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.transport.base import MAX_CALL_BYTES, Stream, Transport
 from hivegrpo.protocol.transport.serving import is_shown, printable
@@ -104,6 +106,7 @@ class Coordinator:
             ban=self._ban,
             sign_plan=lambda payload: self._sign("RoundPlan", payload),
         )
+        self._blob_server = BlobServer(blobs, HolderBook(self.run_id, identity, transport.addresses))
         self._prober = Prober(transport.probe, self._on_probed)
         self._archive = Archive(
             transport,
@@ -120,8 +123,9 @@ class Coordinator:
         ChainError if the log is damaged, or if a peer shows a newer chain than ours; ConfigError if the disk is full.
         """
         self._restore()
+        self._bench.clear()
         await serve_chain(self._transport, self.chain.chain)
-        await serve_blobs(self._transport, self._blobs)
+        await self._blob_server.start(self._transport)
         await self._transport.serve_call(REPORT, self._on_report)
         await self._transport.serve_stream(FOLLOW, self._on_follow, max_per_peer=2)
         working = [asyncio.create_task(self._archive.run()), asyncio.create_task(self._prober.run())]
@@ -150,6 +154,7 @@ class Coordinator:
         """What people are shown."""
         shown = snapshot(self.state, self._pulses, self._clock())
         shown["rejected"] = dict(self._transport.rejected)
+        shown["served_bytes"] = self._blob_server.sent
         shown["archived"] = self._archive.versions
         shown["archive_failures"] = {str(version): reason for version, reason in self._archive.failed.items()}
         return shown

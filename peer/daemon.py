@@ -7,35 +7,37 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AsyncExitStack, closing
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
 from hivegrpo.peer.desk import Learns
 from hivegrpo.peer.feedback import ErrorFeedback
 from hivegrpo.peer.home import PeerHome, identity_path
+from hivegrpo.peer.materials import file_refs
 from hivegrpo.peer.numerics import check_numerics
 from hivegrpo.peer.preparation import prepare_learner
 from hivegrpo.peer.swarm.accuser import Accuser
 from hivegrpo.peer.swarm.auditor import Auditor
 from hivegrpo.peer.swarm.codecs.registry import get_codec
 from hivegrpo.peer.swarm.contribution import ContributionStore
-from hivegrpo.peer.swarm.directory import Directory
 from hivegrpo.peer.swarm.exchange import ExchangeServer
 from hivegrpo.peer.swarm.session import Session
-from hivegrpo.peer.swarm.sync import HOLDERS_KEY, Synchroniser
+from hivegrpo.peer.swarm.sharing import Sharing
+from hivegrpo.peer.swarm.sync import Synchroniser
 from hivegrpo.peer.swarm.versions import Versions
 from hivegrpo.peer.volunteer import Volunteer
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.address import parse_address
-from hivegrpo.protocol.blobstream import BlobStore, serve_blobs
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.chainstream import fetch_run, serve_chain
 from hivegrpo.protocol.checks import MAX_ADDRESSES
 from hivegrpo.protocol.config import PeerConfig, RunConfig
-from hivegrpo.protocol.envelope import PROTOCOL, sign
+from hivegrpo.protocol.envelope import PROTOCOL
 from hivegrpo.protocol.errors import HiveError, MismatchError, UnreachableError, WireError
+from hivegrpo.protocol.files import remove_temporaries
 from hivegrpo.protocol.history import History
 from hivegrpo.protocol.homes import locked_home
 from hivegrpo.protocol.identity import Identity
@@ -44,8 +46,9 @@ from hivegrpo.protocol.transport.base import Transport
 log = structlog.get_logger(__name__)
 
 HEARTBEAT_SECONDS = 2.0
-ANNOUNCE_SECONDS = 60.0
 DRAIN_SECONDS = 60.0
+
+T = TypeVar("T")
 
 Show = Callable[[dict[str, Any]], None]
 MakeTransport = Callable[[Identity, Path, PeerConfig, str], Awaitable[Transport]]
@@ -75,8 +78,11 @@ async def run_peer(
         worker = stack.enter_context(ThreadPoolExecutor(max_workers=1, thread_name_prefix="learn"))
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(worker, _check_arithmetic, chain)
-        store = BlobStore(home.blobs)
-        learner, base = await prepare_learner(chain, config, settings, transport, store, home.model, worker)
+        remove_temporaries(home.root)
+        sharing = Sharing(transport, identity, chain.run_id, chain.coordinator, BlobStore(home.blobs))
+        await sharing.start()
+        preparing = prepare_learner(chain, config, settings, sharing, home.model, worker)
+        learner, base = await _run_beside(preparing, sharing.announce())
         stack.callback(learner.close)
         await work_in_run(
             address,
@@ -85,7 +91,7 @@ async def run_peer(
             chainfile=chainfile,
             config=config,
             home=home,
-            store=store,
+            sharing=sharing,
             learner=learner,
             worker=worker,
             stop=stop,
@@ -102,7 +108,7 @@ async def work_in_run(
     chainfile: ChainFile,
     config: RunConfig,
     home: PeerHome,
-    store: BlobStore,
+    sharing: Sharing,
     learner: Learns,
     worker: Executor,
     stop: asyncio.Event,
@@ -111,21 +117,22 @@ async def work_in_run(
 ) -> None:
     """The part of `run_peer` that needs no model: catch up, join, and work with whatever `learner` it is given.
 
+    `sharing` serves already.
     `base` is the folder of the base model, for version 0 of a run that trains every parameter.
     """
     chain = chainfile.chain
     loop = asyncio.get_running_loop()
+    store, directory = sharing.store, sharing.directory
     versions = await loop.run_in_executor(worker, Versions, home.root, chainfile, store, config, base)
-    directory = Directory(transport)
+    await loop.run_in_executor(worker, versions.sweep, [ref.root for ref in file_refs(chain.manifest.message)])
     exchanges = ExchangeServer()
     await exchanges.start(transport)
     await serve_chain(transport, chain)
-    await serve_blobs(transport, store)
     gc.freeze()  # a full collection over all that was imported takes a tenth of a second, in which no round goes on
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="canonical") as canonical:
-        synchroniser = Synchroniser(versions, transport, directory, chain.coordinator, canonical)
+        synchroniser = Synchroniser(versions, transport, sharing, canonical)
         try:
-            await synchroniser.run()
+            await _run_beside(synchroniser.run(), sharing.announce())
         except WireError as error:
             raise UnreachableError(
                 f"The run's newest version cannot be had: {error}.", "Try again once a peer that holds it is online."
@@ -171,7 +178,7 @@ async def work_in_run(
                 volunteer.work(),
                 accuser.run(),
                 _heartbeats(session, volunteer, versions, show),
-                _announcements(transport, identity, chain),
+                sharing.announce(),
                 _leave_on(stop, volunteer),
                 beside=session.run(),  # it is over when the run is finished; the volunteer may have a version to make
             )
@@ -230,21 +237,26 @@ async def _heartbeats(session: Session, volunteer: Volunteer, versions: Versions
         await asyncio.sleep(HEARTBEAT_SECONDS)
 
 
-async def _announcements(transport: Transport, identity: Identity, chain: Chain) -> None:
-    """Leave a signed hint in the DHT where this peer's versions can be had."""
-    while True:
-        endpoint = pb.Endpoint(peer=identity.peer_id, addresses=transport.addresses()[:MAX_ADDRESSES])
-        value = sign(identity, chain.run_id, endpoint).SerializeToString()
-        await transport.announce(f"{chain.run_id[:16]}/{HOLDERS_KEY}", value, 3 * ANNOUNCE_SECONDS)
-        await asyncio.sleep(ANNOUNCE_SECONDS)
-
-
 async def _leave_on(stop: asyncio.Event, volunteer: Volunteer) -> None:
     """On request, let the volunteer finish what is owed, for a bounded time."""
     await stop.wait()
     await volunteer.leave()
     await asyncio.sleep(DRAIN_SECONDS)
     log.warning("left without finishing the round in flight", seconds=DRAIN_SECONDS)
+
+
+async def _run_beside(work: Coroutine[Any, Any, T], beside: Coroutine[Any, Any, None]) -> T:
+    """The result of `work`, with something beside it that ends when it does; if that fails first, its exception."""
+    working, side = asyncio.create_task(work), asyncio.create_task(beside)
+    try:
+        await asyncio.wait({working, side}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            side.result()
+        return await working
+    finally:
+        for task in (working, side):
+            task.cancel()
+        await asyncio.gather(working, side, return_exceptions=True)
 
 
 async def _run_together(*coroutines: Coroutine[Any, Any, None], beside: Coroutine[Any, Any, None]) -> None:

@@ -10,7 +10,7 @@ from hivegrpo.peer.learn.digests import model_digests, rows_digest
 from hivegrpo.peer.learn.sources import MAX_BYTES
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobs import BlobRef
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.config import DatasetSection, Rows, RunConfig
 from hivegrpo.protocol.errors import ChainError, ConfigError, MismatchError
 

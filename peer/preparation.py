@@ -1,44 +1,62 @@
 """Get a run's materials, check them, and make the learner."""
 
 import asyncio
+from collections.abc import Sequence
 from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
 
 from hivegrpo.peer.learn.data import PROMPT, Prompts, require_same_columns
 from hivegrpo.peer.learn.learner import Learner
 from hivegrpo.peer.materials import base_folder, file_refs, read_rows
 from hivegrpo.peer.rewards.registry import find_rewards, reward_versions
+from hivegrpo.peer.swarm.sharing import Sharing
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.blobstream import BlobStore, fetch_blob
+from hivegrpo.protocol.blobs import BlobRef
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.config import PeerConfig, RunConfig
-from hivegrpo.protocol.errors import ConfigError, MismatchError, UnreachableError, WireError
-from hivegrpo.protocol.transport.base import Transport
+from hivegrpo.protocol.errors import CommitmentError, ConfigError, MismatchError, UnreachableError, WireError
 
 
 async def prepare_learner(
     chain: Chain,
     config: RunConfig,
     settings: PeerConfig,
-    transport: Transport,
-    store: BlobStore,
+    sharing: Sharing,
     model_folder: Path,
     worker: Executor,
 ) -> tuple[Learner, Path]:
-    """Fetch what travels with the run from its coordinator, check all digests, load the model.
+    """Fetch what travels with the run, from whoever has it, check all digests, load the model.
 
-    Returns the learner, and the base model's folder.
+    Returns the learner, and the base model's folder. What is damaged on this disk is fetched once more.
     """
-    manifest = chain.manifest.message
-    for ref in file_refs(manifest):
+    manifest, store = chain.manifest.message, sharing.store
+    refs = file_refs(manifest)
+    await _fetch(refs, sharing)
+    loop = asyncio.get_running_loop()
+    load = partial(_load, manifest, config, settings, store, model_folder)
+    try:
+        return await loop.run_in_executor(worker, load)
+    except (MismatchError, CommitmentError):
+        damaged = [await asyncio.to_thread(store.remove_damaged, ref) for ref in refs]
+        if not any(damaged):
+            raise
+    await _fetch(refs, sharing)
+    return await loop.run_in_executor(worker, load)
+
+
+async def _fetch(refs: Sequence[BlobRef], sharing: Sharing) -> None:
+    missing = [ref for ref in refs if not sharing.store.has(ref)]
+    if missing:
+        await sharing.find_once()
+    for ref in missing:
         try:
-            await fetch_blob(transport, ref, [chain.coordinator], store)
+            await sharing.fetch(ref)
         except WireError as error:
             raise UnreachableError(
                 f"A file of the run could not be fetched: {error}.", "Start this peer again: it goes on where it was."
             ) from error
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(worker, _load, manifest, config, settings, store, model_folder)
 
 
 def _load(

@@ -1,182 +1,172 @@
-"""Content-addressed blobs on disk and on the wire (stream "blob").
+"""Content-addressed blobs on the wire: both sides of a stream "blob", on which pieces of one blob are asked for.
 
-The reader knows root and size beforehand, from something signed: so every frame's size is known before it is
-read, the leaf hashes are checked against the root, and every piece against its leaf hash, before it is kept.
+The reader knows root and size beforehand, from something signed: so every frame's size is known before it is read, the
+leaf hashes are checked against the root, and every piece against its leaf hash. Who is still fetching a blob serves
+the pieces that it has.
 """
 
 import asyncio
-import contextlib
-import os
-from collections.abc import Sequence
-from pathlib import Path
+from contextlib import suppress
 
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.blobs import PIECE_BYTES, BlobRef, blob_ref
+from hivegrpo.protocol.blobs import PIECE_BYTES, BlobRef
+from hivegrpo.protocol.blobstore import BlobStore, split_leaves
 from hivegrpo.protocol.envelope import DIGEST_BYTES, parse
-from hivegrpo.protocol.errors import CommitmentError, FrameError, RemoteError, WireError
-from hivegrpo.protocol.files import sync_folder, write_whole
-from hivegrpo.protocol.merkle import HASH_BYTES, leaf_hash, merkle_root
+from hivegrpo.protocol.errors import FrameError, RemoteError, StaleError, WireError
+from hivegrpo.protocol.holders import MAX_RECORD_BYTES, MAX_TOLD, HolderBook
+from hivegrpo.protocol.merkle import HASH_BYTES
 from hivegrpo.protocol.transport.base import MAX_FRAME_BYTES, Stream, Transport
 
 BLOB = "blob"
 MAX_BLOB_BYTES = (MAX_FRAME_BYTES // HASH_BYTES) * PIECE_BYTES
 """Largest blob: its leaf hashes fit in one frame (64 GiB)."""
 
-FAIR_SECONDS = 15.0
-"""What one of many holders may take at least, seconds."""
+BLOCK_BYTES = 128 << 10
+"""A piece travels in frames of so much: what arrives shows before a whole piece is there."""
+
+MAX_SERVED = 128
+"""Streams that are served at once. Who is refused finds others, of whom there are ever more."""
+
+MAX_SERVED_TO_ONE = 16
+MAX_IDLE_MAPS = 120
+"""Maps in a row, without a piece, after which a stream is ended: it takes somebody else's place."""
+
+IDLE_SECONDS = 30.0
+MAX_REQUEST_BYTES = 256 + MAX_RECORD_BYTES
+MAX_MAP_BYTES = 64 + MAX_BLOB_BYTES // PIECE_BYTES // 8 + MAX_TOLD * (16 + MAX_RECORD_BYTES)
 
 
-class BlobStore:
-    """A folder of blobs, each a file named by its root. Leaf hashes of what is served are kept in memory."""
+class BlobServer:
+    """Answers requests for what `store` holds, whole or in part; anything else is refused by ending the stream."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self._leaves: dict[bytes, list[bytes]] = {}
+    def __init__(self, store: BlobStore, book: HolderBook | None = None) -> None:
+        """`book` is where those who ask are told of each other; without one they are not."""
+        self.sent = 0
+        """Bytes of pieces so far."""
+        self._store = store
+        self._book = book
+        self._served = 0
 
-    def path(self, ref: BlobRef) -> Path | None:
-        """The blob's file, if it is here whole."""
-        path = self.folder / ref.root.hex()
-        return path if path.is_file() and path.stat().st_size == ref.size else None
+    async def start(self, transport: Transport) -> None:
+        """Serve from now on."""
+        await transport.serve_stream(BLOB, self._serve, max_per_peer=MAX_SERVED_TO_ONE)
 
-    def has(self, ref: BlobRef) -> bool:
-        """Whether the blob is here whole."""
-        return self.path(ref) is not None
-
-    def read(self, ref: BlobRef) -> bytes:
-        """The whole content; FileNotFoundError if it is not here."""
-        path = self.path(ref)
-        if path is None:
-            raise FileNotFoundError(f"no blob {ref.root.hex()} in {self.folder}")
-        return path.read_bytes()
-
-    def add_bytes(self, data: bytes | memoryview) -> BlobRef:
-        """Keep `data`, written whole."""
-        ref = blob_ref(data)
-        if not self.has(ref):
-            write_whole(self.folder / ref.root.hex(), data)
-        return ref
-
-    def add_file(self, source: Path) -> BlobRef:
-        """Keep a copy of a file's content, read and hashed piece by piece."""
-        partial = self.folder / f".adding-{os.getpid()}-{source.name}"
-        leaves = []
-        size = 0
-        with source.open("rb") as reader, partial.open("wb") as writer:
-            while piece := reader.read(PIECE_BYTES):
-                leaves.append(leaf_hash(piece))
-                size += len(piece)
-                writer.write(piece)
-            writer.flush()
-            os.fsync(writer.fileno())
-        ref = BlobRef(merkle_root(leaves), size)
-        partial.rename(self.folder / ref.root.hex())
-        sync_folder(self.folder)
-        return ref
-
-    def remove(self, root: bytes) -> None:
-        """Forget a blob, if it is here."""
-        self._leaves.pop(root, None)
-        (self.folder / root.hex()).unlink(missing_ok=True)
-
-    def leaves(self, ref: BlobRef) -> list[bytes]:
-        """Leaf hashes of a blob that is here."""
-        if ref.root not in self._leaves:
-            self._leaves[ref.root] = _leaves_of(self.folder / ref.root.hex())
-        return self._leaves[ref.root]
-
-    def read_piece(self, ref: BlobRef, index: int) -> bytes:
-        """One piece of a blob that is here."""
-        with (self.folder / ref.root.hex()).open("rb") as file:
-            file.seek(index * PIECE_BYTES)
-            return file.read(ref.piece_size(index))
-
-
-async def serve_blobs(transport: Transport, store: BlobStore) -> None:
-    """Answer requests for what `store` holds; anything else is refused by closing the stream."""
-
-    async def handle(stream: Stream) -> None:
-        request = parse(pb.BlobRequest, await stream.receive(256))
+    async def _serve(self, stream: Stream) -> None:
+        """One reader's stream, until it has had enough. WireError for a request that makes no sense."""
+        request = parse(pb.BlobRequest, await stream.receive(MAX_REQUEST_BYTES))
         ref = BlobRef(request.blob.root, request.blob.size)
-        if len(ref.root) != DIGEST_BYTES or not store.has(ref):
+        if len(ref.root) != DIGEST_BYTES or self._served >= MAX_SERVED:
             return
-        last = min(request.first + request.count, ref.pieces)
-        await stream.send(b"".join(await asyncio.to_thread(store.leaves, ref)))
-        for index in range(request.first, last):
-            await stream.send(await asyncio.to_thread(store.read_piece, ref, index))
+        self._served += 1
+        try:
+            leaves = await asyncio.to_thread(self._store.leaves, ref)
+            if leaves is None:
+                return
+            if self._book is not None and request.HasField("holder"):
+                with suppress(WireError):  # a hint; a clock that is wrong keeps nobody from being served
+                    self._book.take(request.holder, signer=stream.remote)
+            await stream.send(b"".join(leaves))
+            await self._send_map(stream, ref)
+            await self._answer(stream, ref)
+        finally:
+            self._served -= 1
 
-    await transport.serve_stream(BLOB, handle)
+    async def _answer(self, stream: Stream, ref: BlobRef) -> None:
+        idle = 0
+        while idle < MAX_IDLE_MAPS:
+            try:
+                frame = await stream.receive(64, IDLE_SECONDS)
+            except RemoteError:
+                return  # it has what it wanted
+            request = parse(pb.PieceRequest, frame)
+            if request.map:
+                idle += 1
+                await self._send_map(stream, ref)
+                continue
+            piece = await asyncio.to_thread(self._store.read_piece, ref, request.piece)
+            if piece is None:
+                await stream.send(b"")
+                continue
+            idle = 0
+            for start in range(0, len(piece), BLOCK_BYTES):
+                block = piece[start : start + BLOCK_BYTES]
+                await stream.send(block)
+                self.sent += len(block)
 
-
-async def fetch_blob(
-    transport: Transport, ref: BlobRef, holders: Sequence[str], store: BlobStore, timeout: float = 300.0
-) -> Path:
-    """Get a blob from the first holders that can serve it, and keep it in `store`.
-
-    Pieces are checked one by one as they arrive and survive a failing holder or a restart. None of several holders
-    gets all the time, so that a slow one does not keep the others from being asked. RemoteError when no holder could
-    serve it whole within `timeout` seconds.
-    """
-    if ref.size > MAX_BLOB_BYTES:
-        raise FrameError(f"a blob of {ref.size} bytes is above the bound of {MAX_BLOB_BYTES}")
-    here = store.path(ref)
-    if here is not None:
-        return here
-    failures = []
-    share = timeout if len(holders) < 2 else max(timeout / len(holders), min(timeout / 2, FAIR_SECONDS))
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(timeout):
-            for holder in holders:
-                try:
-                    async with asyncio.timeout(share):
-                        return await _fetch_from(transport, ref, holder, store)
-                except WireError as error:
-                    failures.append(f"{holder}: {error}")
-                except TimeoutError:
-                    failures.append(f"{holder}: not whole within {share:.0f} s")
-    raise RemoteError(f"no holder served blob {ref.root.hex()[:16]} ({'; '.join(failures) or 'none known'})")
-
-
-async def _fetch_from(transport: Transport, ref: BlobRef, holder: str, store: BlobStore) -> Path:
-    partial = store.folder / f".part-{ref.root.hex()}"
-    done = partial.stat().st_size // PIECE_BYTES if partial.is_file() else 0
-    done = min(done, max(ref.pieces - 1, 0))
-    async with await transport.open_stream(holder, BLOB) as stream:
-        request = pb.BlobRequest(blob=pb.Blob(root=ref.root, size=ref.size), first=done, count=ref.pieces - done)
-        await stream.send(request.SerializeToString())
-        leaves = _split_leaves(await stream.receive(HASH_BYTES * ref.pieces), ref)
-        with partial.open("ab") as file:
-            file.truncate(done * PIECE_BYTES)
-            for index in range(done, ref.pieces):
-                piece = await stream.receive(ref.piece_size(index))
-                if len(piece) != ref.piece_size(index) or leaf_hash(piece) != leaves[index]:
-                    raise CommitmentError(f"piece {index} of blob {ref.root.hex()[:16]} is not what its root says")
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-    whole = await asyncio.to_thread(_matches, partial, leaves)
-    if not whole:
-        partial.unlink()
-        raise CommitmentError(f"a resumed part of blob {ref.root.hex()[:16]} was damaged; it starts over")
-    path = store.folder / ref.root.hex()
-    partial.rename(path)
-    sync_folder(store.folder)
-    return path
+    async def _send_map(self, stream: Stream, ref: BlobRef) -> None:
+        others = [] if self._book is None else self._book.others(stream.remote)
+        await stream.send(pb.PieceMap(have=self._store.map(ref), others=others).SerializeToString())
 
 
-def _split_leaves(data: bytes, ref: BlobRef) -> list[bytes]:
-    leaves = [data[start : start + HASH_BYTES] for start in range(0, len(data), HASH_BYTES)]
-    if len(data) != HASH_BYTES * ref.pieces or merkle_root(leaves) != ref.root:
-        raise CommitmentError(f"the leaf hashes are not those of blob {ref.root.hex()[:16]}")
-    return leaves
+async def serve_blobs(transport: Transport, store: BlobStore, book: HolderBook | None = None) -> BlobServer:
+    """Serve what `store` holds from now on."""
+    server = BlobServer(store, book)
+    await server.start(transport)
+    return server
 
 
-def _matches(path: Path, leaves: Sequence[bytes]) -> bool:
-    """Whether a file's pieces have these hashes: parts that an earlier process left are not trusted."""
-    return _leaves_of(path) == list(leaves)
+class BlobReader:
+    """The asking side of one stream. Answers come in the order of the requests."""
 
+    def __init__(self, stream: Stream, ref: BlobRef) -> None:
+        self.ref = ref
+        self.peer = stream.remote
+        self.have = b""
+        """The other side's map."""
+        self._stream = stream
 
-def _leaves_of(path: Path) -> list[bytes]:
-    """Leaf hashes of a file's pieces, read one by one: a blob may be larger than memory."""
-    with path.open("rb") as file:
-        return [leaf_hash(piece) for piece in iter(lambda: file.read(PIECE_BYTES), b"")]
+    async def begin(self, own: pb.Signed | None, timeout: float) -> tuple[list[bytes], list[pb.Signed]]:
+        """Name the blob; its leaf hashes, checked, and what the other side tells of others.
+
+        StaleError if the other side has nothing of it, or no time.
+        """
+        ref = self.ref
+        request = pb.BlobRequest(blob=pb.Blob(root=ref.root, size=ref.size), holder=own)
+        try:
+            await self._stream.send(request.SerializeToString())
+            frame = await self._stream.receive(HASH_BYTES * ref.pieces, timeout)
+        except RemoteError as error:
+            raise StaleError(f"it does not serve blob {ref.root.hex()[:16]}: {error.message}") from None
+        leaves = await asyncio.to_thread(split_leaves, frame, ref)
+        return leaves, await self.read_map(timeout)
+
+    async def ask(self, index: int) -> None:
+        """Ask for a piece."""
+        await self._stream.send(pb.PieceRequest(piece=index).SerializeToString())
+
+    async def ask_map(self) -> None:
+        """Ask what the other side has by now."""
+        await self._stream.send(pb.PieceRequest(map=True).SerializeToString())
+
+    async def read_map(self, timeout: float) -> list[pb.Signed]:
+        """Take a map that was asked for; what the other side tells of others, as yet unverified."""
+        answer = parse(pb.PieceMap, await self._stream.receive(MAX_MAP_BYTES, timeout))
+        if len(answer.have) != -(-self.ref.pieces // 8):
+            raise FrameError(f"a map of {len(answer.have)} bytes for {self.ref.pieces} pieces")
+        self.have = answer.have
+        return list(answer.others)[:MAX_TOLD]
+
+    async def read_block(self, left: int, timeout: float) -> bytes:
+        """The next frame of a piece of which `left` bytes are to come; empty if the piece is not there.
+
+        FrameError for a frame of another size: a piece in very many of them would be work for nothing.
+        """
+        size = min(BLOCK_BYTES, left)
+        block = await self._stream.receive(size, timeout)
+        if block and len(block) != size:
+            raise FrameError(f"a block of {len(block)} bytes where {size} were due")
+        return block
+
+    def offers(self, index: int) -> bool:
+        """Whether the other side has a piece, by its map."""
+        return bool(self.have[index >> 3] >> (index & 7) & 1)
+
+    def withdraw(self, index: int) -> None:
+        """The other side has a piece no longer."""
+        have = bytearray(self.have)
+        have[index >> 3] &= ~(1 << (index & 7)) & 0xFF
+        self.have = bytes(have)
+
+    async def close(self) -> None:
+        """End the stream."""
+        await self._stream.close()

@@ -359,32 +359,106 @@ class BlobRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     BLOB_FIELD_NUMBER: _builtins.int
-    FIRST_FIELD_NUMBER: _builtins.int
-    COUNT_FIELD_NUMBER: _builtins.int
-    first: _builtins.int
-    count: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def blob(self) -> Global___Blob: ...
+    @_builtins.property
+    def holder(self) -> Global___Signed: ...
     def __init__(
         self,
         *,
         blob: Global___Blob | None = ...,
-        first: _builtins.int = ...,
-        count: _builtins.int = ...,
+        holder: Global___Signed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "holder", b"holder"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "count", b"count", "first", b"first"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "holder", b"holder"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BlobRequest: _TypeAlias = BlobRequest  # noqa: Y015
 
 @_typing.final
-class Join(_message.Message):
-    """is one frame of all leaf hashes, then one frame a piece
-    P -> C, first frame of stream "follow"; answered by Ack, then pushes
+class PieceMap(_message.Message):
+    """all leaf hashes, and a PieceMap. `holder`: the asker's own Holder, if it has one"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HAVE_FIELD_NUMBER: _builtins.int
+    OTHERS_FIELD_NUMBER: _builtins.int
+    have: _builtins.bytes
+    @_builtins.property
+    def others(self) -> _containers.RepeatedCompositeFieldContainer[Global___Signed]: ...
+    def __init__(
+        self,
+        *,
+        have: _builtins.bytes = ...,
+        others: _abc.Iterable[Global___Signed] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["have", b"have", "others", b"others"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PieceMap: _TypeAlias = PieceMap  # noqa: Y015
+
+@_typing.final
+class PieceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIECE_FIELD_NUMBER: _builtins.int
+    MAP_FIELD_NUMBER: _builtins.int
+    piece: _builtins.int
+    map: _builtins.bool
+    def __init__(
+        self,
+        *,
+        piece: _builtins.int = ...,
+        map: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["map", b"map", "piece", b"piece"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PieceRequest: _TypeAlias = PieceRequest  # noqa: Y015
+
+@_typing.final
+class Holder(_message.Message):
+    """128 KiB, or an empty one if it is not here; or a PieceMap
+    P -> all, in the DHT and in BlobRequest: has versions of the run, or some pieces
     """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
+    EXPIRES_FIELD_NUMBER: _builtins.int
+    peer: _builtins.str
+    expires: _builtins.int
+    """seconds since 1970; it is a hint, which no peer has to believe"""
+    @_builtins.property
+    def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        peer: _builtins.str = ...,
+        addresses: _abc.Iterable[_builtins.str] | None = ...,
+        expires: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "expires", b"expires", "peer", b"peer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Holder: _TypeAlias = Holder  # noqa: Y015
+
+@_typing.final
+class Join(_message.Message):
+    """P -> C, first frame of stream "follow"; answered by Ack, then pushes"""
 
     DESCRIPTOR: _descriptor.Descriptor
 

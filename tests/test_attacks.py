@@ -18,12 +18,14 @@ from support.swarm import Swarm
 
 from hivegrpo.coordinator import events as ev
 from hivegrpo.peer.daemon import _join
-from hivegrpo.peer.swarm.directory import Directory
+from hivegrpo.peer.swarm.sharing import Sharing
 from hivegrpo.peer.swarm.sync import Synchroniser
 from hivegrpo.peer.swarm.versions import Versions
 from hivegrpo.protocol import blobs, merkle
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.blobstream import BlobStore, fetch_blob, serve_blobs
+from hivegrpo.protocol.blobfetch import fetch_blob
+from hivegrpo.protocol.blobstore import BlobStore
+from hivegrpo.protocol.blobstream import serve_blobs
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.chainstream import serve_chain
@@ -155,21 +157,21 @@ def test_a_holder_with_another_run_costs_a_late_peer_nothing(tmp_path: Path) -> 
 
     async def scenario(source: str) -> None:
         network = MemoryNetwork()
-        late, holder, coordinator = (network.join(key) for key in (Identity.generate(), Identity.generate(), COORD))
+        late, holder, coordinator = (network.join(key) for key in (LATE, Identity.generate(), COORD))
         await serve_chain(holder, Chain(other.run, other.coordinator_identity.peer_id))
         if source == "coordinator":
             await serve_chain(coordinator, Chain(other.run, other.coordinator_identity.peer_id))
         home = tmp_path / source
         chainfile = ChainFile.create(home, swarm.run, swarm.coordinator_identity.peer_id)
         versions = Versions(home, chainfile, BlobStore(home / "blobs"), swarm.config)
-        directory = Directory(late)
-        directory.learn([pb.Endpoint(peer=holder.peer_id, addresses=holder.addresses())])
+        sharing = Sharing(late, LATE, swarm.run_id, coordinator.peer_id, versions.store)
+        sharing.directory.learn([pb.Endpoint(peer=holder.peer_id, addresses=holder.addresses())])
         await late.connect(holder.addresses())
         await late.connect(coordinator.addresses())
         with ThreadPoolExecutor(max_workers=1) as worker:
-            await Synchroniser(versions, late, directory, coordinator.peer_id, worker).run()
+            await Synchroniser(versions, late, sharing, worker).run()
 
-    COORD = swarm.coordinator_identity
+    COORD, LATE = swarm.coordinator_identity, Identity.generate()
     asyncio.run(scenario("peer"))
     with pytest.raises(ChainError, match="another run"):
         asyncio.run(scenario("coordinator"))
@@ -208,7 +210,7 @@ def test_a_holder_that_stalls_does_not_take_the_others_time(tmp_path: Path) -> N
         await serve_blobs(good, store)
         for holder in (slow, good):
             await asking.connect(holder.addresses())
-        await fetch_blob(asking, ref, [slow.peer_id, good.peer_id], BlobStore(tmp_path / "mine"), timeout=1.0)
+        await fetch_blob(asking, ref, [slow.peer_id, good.peer_id], BlobStore(tmp_path / "mine"))
         for node in (asking, slow, good):
             await node.close()
 

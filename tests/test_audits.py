@@ -20,7 +20,7 @@ from hivegrpo.peer.home import PeerHome
 from hivegrpo.peer.swarm.faults import examine, judge, parse_proof
 from hivegrpo.peer.swarm.recompute import span_auditor
 from hivegrpo.protocol.blobs import BlobRef
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.errors import MismatchError
 from hivegrpo.protocol.history import Record, read_history

@@ -17,7 +17,8 @@ from hivegrpo.peer.swarm.faults import judge
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.audits import MAX_PROOF_BYTES
 from hivegrpo.protocol.blobs import BlobRef, blob_ref
-from hivegrpo.protocol.blobstream import BlobStore, serve_blobs
+from hivegrpo.protocol.blobstore import BlobStore
+from hivegrpo.protocol.blobstream import serve_blobs
 from hivegrpo.protocol.envelope import Opened
 from hivegrpo.protocol.errors import FrameError
 from hivegrpo.protocol.transport.memory import MemoryNetwork

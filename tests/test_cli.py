@@ -22,7 +22,7 @@ from hivegrpo.cli.main import app, main
 from hivegrpo.cli.network import best_first, kept_port
 from hivegrpo.cli.threads import count_peers, fair_threads, is_peer, usable_cores
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chainfile import RUN_FILE
 from hivegrpo.protocol.config import RunConfig
 from hivegrpo.protocol.envelope import run_id_of, sign

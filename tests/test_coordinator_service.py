@@ -13,7 +13,7 @@ from hivegrpo.coordinator.log import LOG_FILE
 from hivegrpo.coordinator.state import State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobs import blob_ref
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.chainfile import ENTRIES_FILE
 from hivegrpo.protocol.chainstream import extend_chain, fetch_run

@@ -27,12 +27,14 @@ from hivegrpo.peer.swarm.exchange import Exchange, ExchangeServer
 from hivegrpo.peer.swarm.reducer import SpanLayout
 from hivegrpo.peer.swarm.session import Session
 from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.blobfetch import fetch_blob
 from hivegrpo.protocol.blobs import blob_ref
-from hivegrpo.protocol.blobstream import BlobStore, fetch_blob
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.chainstream import extend_chain, fetch_run
 from hivegrpo.protocol.envelope import PROTOCOL, parse, sign
 from hivegrpo.protocol.errors import ChainError, RemoteError, WireError
+from hivegrpo.protocol.holders import HolderBook
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.transport.base import MAX_FRAME_BYTES, Stream, Transport
 from hivegrpo.protocol.transport.memory import MemoryNetwork
@@ -124,12 +126,14 @@ def test_the_coordinators_handlers(tmp_path: Path) -> None:
                 await offer(joined.transport, target, "follow", [signed.SerializeToString()])
             root = pb.Blob(root=blob_ref(state_of(0)).root, size=12 * VALUES + 8)
             for _ in range(MESSAGES // 4):
-                for name, request in (
-                    ("chain", pb.ChainRequest(first=0)),
-                    ("blob", pb.BlobRequest(blob=root, count=1)),
+                holder = HolderBook(node.run_id, joined.identity, joined.transport.addresses).own()
+                for name, requests in (
+                    ("chain", [pb.ChainRequest(first=0)]),
+                    ("blob", [pb.BlobRequest(blob=root, holder=holder)]),
+                    ("blob", [pb.BlobRequest(blob=root), pb.PieceRequest(map=True), pb.PieceRequest()]),
                 ):
-                    frame = mutated(request, random).SerializeToString()
-                    await offer(joined.transport, target, name, [damaged(frame, random)])
+                    frames = [mutated(request, random).SerializeToString() for request in requests]
+                    await offer(joined.transport, target, name, [damaged(frame, random) for frame in frames])
             await joined.transport.close()
             assert coordinator.snapshot()["version"] == 0
             assert not node.task.done()
@@ -297,7 +301,9 @@ def test_what_holders_answer(tmp_path: Path) -> None:
         header = pb.ChainHeader(run=node.run, first=0, count=1)
         await holder.serve_stream("chain", lambda stream: answer(stream, [header, entry]))
         BlobStore(tmp_path / "holder").add_bytes(data)
-        await holder.serve_stream("blob", lambda stream: answer(stream, [reference.leaf(data), data]))
+        await holder.serve_stream(
+            "blob", lambda stream: answer(stream, [reference.leaf(data), pb.PieceMap(have=b"\x01"), data])
+        )
         for index in range(MESSAGES):
             with suppress(WireError, ChainError):
                 await fetch_run(asking, holder.peer_id)
@@ -306,7 +312,7 @@ def test_what_holders_answer(tmp_path: Path) -> None:
                 await extend_chain(asking, holder.peer_id, chain)
             mine = BlobStore(tmp_path / str(index))
             with suppress(WireError):
-                await fetch_blob(asking, ref, [holder.peer_id], mine, timeout=5.0)
+                await fetch_blob(asking, ref, [holder.peer_id], mine, stall=5.0)
                 assert mine.read(ref) == data
         for transport in (asking, holder):
             await transport.close()

@@ -15,7 +15,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from hivegrpo.cli.prepare import prepare_run
 from hivegrpo.peer.daemon import run_peer
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.config import PeerConfig, RunConfig
 from hivegrpo.protocol.identity import Identity

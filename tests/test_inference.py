@@ -1,6 +1,7 @@
 """Loading and exporting the policy of a run, from its homes and from its address (see support/trained_run.py)."""
 
 import asyncio
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +14,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer
 
 from hivegrpo.peer.inference.export import export
 from hivegrpo.peer.inference.load import load
-from hivegrpo.peer.inference.locate import open_run
+from hivegrpo.peer.inference.locate import CACHE, open_run
 from hivegrpo.peer.inference.remote import mirror_run
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.blobstream import BlobStore, serve_blobs
+from hivegrpo.protocol.blobstore import PART, BlobStore
+from hivegrpo.protocol.blobstream import serve_blobs
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.chainstream import serve_chain
 from hivegrpo.protocol.envelope import sign
 from hivegrpo.protocol.errors import ChainError, ConfigError, HiveError, MismatchError, UnreachableError
+from hivegrpo.protocol.files import TEMPORARY
 from hivegrpo.protocol.homes import run_folder
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.transport.base import Transport
@@ -285,6 +288,27 @@ def test_an_address_gives_the_newest_version_that_its_holders_have(
     trained = load(str(folder), "latest", "cpu")
     assert trained.version == version
     assert torch.equal(trained.policy.flatten(), original.vectors[version])
+
+
+def test_the_cache_keeps_what_is_used_and_lets_go_of_the_rest(
+    original: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old blobs, half of one, and what a killed process left; the second fetch needs what the first has."""
+    monkeypatch.setenv("HIVEGRPO_HOME", str(tmp_path / "state"))
+
+    async def mirror() -> Path:
+        network = Network(original)
+        return await mirror_run(await network.start_coordinator(tmp_path / "archive"), "latest", network.connect)
+
+    blobs = asyncio.run(mirror()) / CACHE / "blobs"
+    used = {path.name for path in blobs.iterdir()}
+    for name in ("00" * 32, "11" * 32, f"{PART}{'22' * 32}", f"{TEMPORARY}x"):
+        (blobs / name).write_bytes(b"rest")
+    for path in blobs.iterdir():
+        if path.name != "11" * 32:
+            os.utime(path, (0, 0))
+    asyncio.run(mirror())
+    assert {path.name for path in blobs.iterdir()} == {*used, "11" * 32}
 
 
 def test_an_address_where_nobody_answers_is_unreachable(original: MadeRun, tmp_path: Path) -> None:

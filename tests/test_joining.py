@@ -13,7 +13,8 @@ from hivegrpo.cli.prepare import prepare_run
 from hivegrpo.peer.daemon import run_peer
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobs import BlobRef
-from hivegrpo.protocol.blobstream import BlobStore, serve_blobs
+from hivegrpo.protocol.blobstore import BlobStore
+from hivegrpo.protocol.blobstream import serve_blobs
 from hivegrpo.protocol.chainstream import serve_chain
 from hivegrpo.protocol.config import PeerConfig, RunConfig
 from hivegrpo.protocol.envelope import open_run, run_id_of, sign
@@ -198,6 +199,23 @@ def test_a_chain_that_does_not_verify_is_not_joined(prepared: Prepared, tmp_path
         join(Source(prepared.run, [entry]), prepared.store, tmp_path)
     assert refusal.value.exit_code == 76
     assert "report this message" in refusal.value.hint
+
+
+def test_a_file_of_the_base_that_is_damaged_on_disk_is_fetched_again(prepared: Prepared, tmp_path: Path) -> None:
+    """The chain that does not verify comes after the base: so far and no further the second start gets, too."""
+    manifest = pb.VersionManifest(version=1, parent=bytes(32), state=pb.Blob(root=bytes(32), size=20))
+    broken = Source(
+        prepared.run, [pb.ChainEntry(manifest=sign(COORDINATOR, run_id_of(prepared.run.payload), manifest))]
+    )
+    with pytest.raises(ChainError, match="ersion 0"):
+        join(broken, prepared.store, tmp_path)
+    [weights] = [file.blob for file in prepared.manifest.model if file.name.endswith(".safetensors")]
+    path = tmp_path / "blobs" / weights.root.hex()
+    content = path.read_bytes()
+    path.write_bytes(bytes(100) + content[100:])
+    with pytest.raises(ChainError, match="ersion 0"):
+        join(broken, prepared.store, tmp_path)
+    assert path.read_bytes() == content
 
 
 def test_a_file_that_is_not_to_be_had_is_not_waited_for(prepared: Prepared, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hivegrpo.peer.learn.sources import MAX_BYTES
 from hivegrpo.peer.materials import file_refs, read_rows
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobs import BlobRef
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.config import DatasetSection, EvaluationSection, RunConfig
 from hivegrpo.protocol.envelope import open_run
 from hivegrpo.protocol.errors import ChainError, ConfigError, MismatchError

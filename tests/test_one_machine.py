@@ -17,7 +17,7 @@ from hivegrpo.peer.learn.policy import Policy
 from hivegrpo.peer.learn.rollout import Rollout
 from hivegrpo.peer.swarm.codecs.registry import get_codec
 from hivegrpo.peer.swarm.codecs.vectors import decode_vector
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.config import GrpoSection
 from hivegrpo.protocol.identity import Identity

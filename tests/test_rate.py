@@ -13,7 +13,7 @@ from hivegrpo.protocol.errors import RemoteError
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.transport.base import Stream, Transport
 from hivegrpo.protocol.transport.memory import MemoryNetwork
-from hivegrpo.protocol.transport.rate import BURST_BYTES, SLICE_BYTES, TokenBucket, UploadCap
+from hivegrpo.protocol.transport.rate import BURST_BYTES, SLICE_BYTES, YIELD_SECONDS, TokenBucket, UploadCap
 
 
 class Clock:
@@ -109,6 +109,124 @@ def test_urgent_frames_pass_bulk_and_bulk_goes_on() -> None:
         assert order.count("urgent") < 1000, "bulk waited for the end of all that is urgent"
         flood.cancel()
         await asyncio.gather(flood, return_exceptions=True)
+
+    asyncio.run(asyncio.wait_for(scenario(), PATIENCE))
+
+
+class Uplink:
+    """A cap, and what passed it since, by whom, at a clock that stands still unless the cap sleeps."""
+
+    def __init__(self, mbit: float | None) -> None:
+        self.clock = Clock()
+        self.cap = UploadCap(mbit, self.clock, self.clock.sleep)
+        self.passed: list[str] = []
+
+    async def blob(self, remote: str, slices: int) -> None:
+        for _ in range(slices):
+            await self.cap.admit_last(SLICE_BYTES, remote)
+            self.passed.append(remote)
+            await asyncio.sleep(0)
+
+    async def push(self, slices: int) -> None:
+        """One frame; without a cap it leaves at ten slices a second."""
+        with self.cap.sending(slices * SLICE_BYTES):
+            for _ in range(slices):
+                await self.cap.admit(SLICE_BYTES, urgent=False)
+                if not self.cap.capped:
+                    await self.clock.sleep(0.1)
+                self.passed.append("push")
+
+    async def pushes(self, frames: int, slices: int) -> None:
+        """Frame after frame, as chunks follow each other."""
+        for _ in range(frames):
+            await self.push(slices)
+
+
+@pytest.mark.parametrize("mbit", [None, 8.0])
+def test_blobs_yield_to_an_exchange_and_have_the_rest(mbit: float | None) -> None:
+    async def scenario() -> None:
+        link = Uplink(mbit)
+        pushing = asyncio.create_task(link.pushes(20, 8))
+        await asyncio.sleep(0)
+        fetching = [asyncio.create_task(link.blob("joiner", 300)) for _ in range(4)]
+        await pushing
+        # 160 slices were pushed. Blobs had a sixteenth of that, or one slice a second, and one that had begun to wait.
+        assert 1 <= link.passed.count("joiner") <= 160 // 16 + link.clock.now - 50.0 + 2
+        began = link.clock.now
+        await asyncio.gather(*fetching)
+        assert link.clock.now - began <= 1200 * SLICE_BYTES / 1e6, "alone, blobs have the whole line"
+
+    asyncio.run(asyncio.wait_for(scenario(), PATIENCE))
+
+
+def test_a_push_that_nobody_reads_does_not_stop_blobs() -> None:
+    async def scenario() -> None:
+        link = Uplink(None)
+        with link.cap.sending(1):
+            await link.blob("joiner", 5)
+        assert 4 * YIELD_SECONDS <= link.clock.now - 50.0 <= 6 * YIELD_SECONDS
+
+    asyncio.run(asyncio.wait_for(scenario(), PATIENCE))
+
+
+def test_who_fetches_on_many_streams_gets_no_larger_share() -> None:
+    async def scenario() -> None:
+        link = Uplink(1.0)
+        greedy = [asyncio.create_task(link.blob("greedy", 40)) for _ in range(16)]
+        await asyncio.sleep(0)
+        link.passed.clear()
+        await link.blob("modest", 40)
+        assert link.passed.count("greedy") <= 42
+        for task in greedy:
+            task.cancel()
+        await asyncio.gather(*greedy, return_exceptions=True)
+        assert not link.cap._turns, "nobody is remembered who waits for nothing"
+
+    asyncio.run(asyncio.wait_for(scenario(), PATIENCE))
+
+
+def test_a_push_in_memory_overtakes_blobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over streams as they are: eight joiners fetch while a megabyte is pushed, and in turns would get as much."""
+    passed = 0
+    admit_last = UploadCap.admit_last
+
+    async def counted(self: UploadCap, size: int, remote: str) -> None:
+        nonlocal passed
+        await admit_last(self, size, remote)
+        passed += 1
+
+    monkeypatch.setattr(UploadCap, "admit_last", counted)
+
+    async def scenario() -> None:
+        network = MemoryNetwork()
+        node, other = network.join(Identity.generate(), UploadCap(16.0)), network.join(Identity.generate())
+        fetched = asyncio.Event()
+
+        async def sink(stream: Stream) -> None:
+            while True:
+                await stream.receive(MIB)
+                fetched.set()
+
+        async def serve(stream: Stream) -> None:
+            await stream.send(bytes(SLICE_BYTES))
+            while True:
+                await stream.send(bytes(MIB))
+
+        await other.serve_stream("push", sink)
+        await node.serve_stream("blob", serve)
+        await other.connect(node.addresses())
+        draining = [asyncio.create_task(sink(await other.open_stream(node.peer_id, "blob"))) for _ in range(8)]
+        await fetched.wait()
+        stream = await node.open_stream(other.peer_id, "push")
+        before, began = passed, time.perf_counter()
+        await stream.send(bytes(MIB))
+        during, spent = passed - before, time.perf_counter() - began
+        for task in draining:
+            task.cancel()
+        await asyncio.gather(*draining, return_exceptions=True)
+        for transport in (other, node):
+            await transport.close()
+        assert during <= 2 + spent / YIELD_SECONDS
 
     asyncio.run(asyncio.wait_for(scenario(), PATIENCE))
 

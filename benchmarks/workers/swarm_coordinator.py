@@ -18,7 +18,7 @@ from sockets import keep_sockets_together
 from hivegrpo.coordinator.log import LOG_FILE, EventLog
 from hivegrpo.coordinator.service import Coordinator
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.config import RunConfig
 from hivegrpo.protocol.envelope import DIGEST_BYTES, PROTOCOL, run_id_of, sign_payload
 from hivegrpo.protocol.identity import Identity
@@ -48,6 +48,7 @@ async def main(home: Path, peers: int, values: int, versions: int, host: str, ta
             serving = asyncio.create_task(coordinator.run(stop))
             say("serving", address=transport.addresses()[0])
             await serving
+            say("served", bytes=coordinator.snapshot()["served_bytes"])
     finally:
         await transport.close()
 

@@ -1,6 +1,6 @@
 """One peer of a run without a model: `hivegrpo.peer.daemon.work_in_run` over libp2p, with a learner that only answers.
 
-Arguments: home folder, rank, number of peers, number of values.
+Arguments: home folder, rank, number of peers, number of values; "corrupt" at the end makes it serve wrong blobs.
 """
 
 import asyncio
@@ -23,6 +23,8 @@ from watched import ConstantLearner, Stopwatch, WatchedTransport, take_part
 from hivegrpo.peer.home import PeerHome
 from hivegrpo.peer.learn.learner import LearnedContribution
 from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.blobs import BlobRef
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.identity import Identity
 
 
@@ -81,9 +83,23 @@ async def main(home: PeerHome, rank: int, peers: int, values: int) -> None:
     await take_part(address, home, identity, transport, learner)
 
 
+def serve_wrong_pieces() -> None:
+    """From now on the last byte of every piece that leaves this process is another one."""
+    read = BlobStore.read_piece
+
+    def damaged(store: BlobStore, ref: BlobRef, index: int) -> bytes | None:
+        piece = read(store, ref, index)
+        return piece and piece[:-1] + bytes([piece[-1] ^ 1])
+
+    BlobStore.read_piece = damaged  # type: ignore[method-assign]  # the fault
+
+
 if __name__ == "__main__":
     keep_sockets_together()
     torch.set_num_threads(1)
     home, *numbers = sys.argv[1:]
+    if numbers[-1] == "corrupt":
+        numbers.pop()
+        serve_wrong_pieces()
     with suppress(asyncio.CancelledError):
         uvloop.run(main(PeerHome(Path(home)), *map(int, numbers)))

@@ -22,8 +22,9 @@ from hivegrpo.peer.swarm import replay
 from hivegrpo.peer.swarm.codecs.base import Codec
 from hivegrpo.peer.swarm.codecs.vectors import decode_vector
 from hivegrpo.peer.swarm.session import REPORT
+from hivegrpo.peer.swarm.sharing import Sharing
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.chainstream import fetch_run
 from hivegrpo.protocol.config import RunConfig
@@ -130,6 +131,9 @@ async def take_part(
     try:
         coordinator = await transport.connect([address])
         chainfile = ChainFile.create(home.root, await fetch_run(transport, coordinator), coordinator)
+        chain = chainfile.chain
+        sharing = Sharing(transport, identity, chain.run_id, chain.coordinator, BlobStore(home.blobs))
+        await sharing.start()
         watch = transport.watch
         with ThreadPoolExecutor(max_workers=1) as worker, patch.object(replay, "decode_vector", watch.decode):
             await work_in_run(
@@ -139,7 +143,7 @@ async def take_part(
                 chainfile=chainfile,
                 config=RunConfig.from_json(chainfile.chain.manifest.message.config),
                 home=home,
-                store=BlobStore(home.blobs),
+                sharing=sharing,
                 learner=learner,
                 worker=worker,
                 stop=asyncio.Event(),

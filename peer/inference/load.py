@@ -12,7 +12,7 @@ from hivegrpo.peer.learn.encoding import load_tokenizer
 from hivegrpo.peer.learn.policy import Policy, choose_device
 from hivegrpo.peer.materials import base_folder
 from hivegrpo.peer.swarm.versions import ref_of
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.errors import ConfigError
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.transport.base import Transport

@@ -7,12 +7,12 @@ the same signed chain and content-addressed blobs, so they are read as one: the 
 from dataclasses import dataclass
 from pathlib import Path
 
-from hivegrpo.protocol.blobs import BlobRef, blob_root
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobs import BlobRef
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.chainfile import RUN_FILE, ChainFile
 from hivegrpo.protocol.config import RunConfig
-from hivegrpo.protocol.errors import ChainError, ConfigError, MismatchError, WireError
+from hivegrpo.protocol.errors import ChainError, CommitmentError, ConfigError, MismatchError, WireError
 from hivegrpo.protocol.homes import latest_run
 
 BLOBS = "blobs"
@@ -46,12 +46,11 @@ class LocalRun:
         damaged = None
         for store in self.stores:
             try:
-                data = store.read(ref)
+                return store.read(ref)
             except FileNotFoundError:
                 continue
-            if blob_root(data) == ref.root:
-                return data
-            damaged = store.folder / ref.root.hex()
+            except CommitmentError:
+                damaged = store.folder / ref.root.hex()
         if damaged is None:
             raise ConfigError(f"{what.capitalize()} is not on this machine.", FETCH_HINT)
         raise MismatchError(

@@ -13,18 +13,20 @@ from hivegrpo.peer.materials import file_refs
 from hivegrpo.peer.swarm.versions import ref_of
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.address import parse_address
+from hivegrpo.protocol.blobfetch import fetch_blob
 from hivegrpo.protocol.blobs import BlobRef
-from hivegrpo.protocol.blobstream import BlobStore, fetch_blob
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.chainstream import extend_chain, fetch_run
 from hivegrpo.protocol.errors import HiveError, UnreachableError, WireError
+from hivegrpo.protocol.files import remove_temporaries
 from hivegrpo.protocol.homes import locked_home, run_folder
 from hivegrpo.protocol.transport.base import Transport
 
-SLOWEST = 125_000
-"""Bytes a second (1 Mbit/s) below which a download is given up."""
 DIAL_SECONDS = 3.0
+KEPT_SECONDS = 3600.0
+"""How long the cache keeps what the last command did not need: another one may be reading it."""
 
 
 async def mirror_run(address: str, revision: Revision, connect: Callable[[], Awaitable[Transport]]) -> Path:
@@ -42,7 +44,11 @@ async def mirror_run(address: str, revision: Revision, connect: Callable[[], Awa
         with locked_home(folder / CACHE) as cache:
             chainfile = ChainFile.create(cache, run, coordinator)
             await extend_chain(transport, coordinator, chainfile.chain, chainfile.append)
-            await _Fetcher(transport, open_run(folder), BlobStore(cache / BLOBS)).fetch(revision)
+            remove_temporaries(cache)
+            store = BlobStore(cache / BLOBS)
+            fetcher = _Fetcher(transport, open_run(folder), store)
+            await fetcher.fetch(revision)
+            store.sweep(fetcher.used, KEPT_SECONDS)
     except WireError as error:
         raise UnreachableError(
             f"The run at {address} could not be read: {error}.",
@@ -60,6 +66,8 @@ class _Fetcher:
         self._transport = transport
         self._run = run
         self._store = store
+        self.used: set[bytes] = set()
+        """Roots of the blobs that were asked for, whoever has them."""
         self._holders: list[str] = []
 
     async def fetch(self, revision: Revision) -> None:
@@ -95,14 +103,18 @@ class _Fetcher:
         return True
 
     async def _get(self, ref: BlobRef) -> None:
-        if not self._run.has(ref):
-            await fetch_blob(self._transport, ref, self._holders, self._store, 60.0 + ref.size / SLOWEST)
+        self.used.add(ref.root)
+        if self._run.has(ref):
+            self._store.touch(ref)
+        else:
+            coordinator = self._run.chain.coordinator
+            await fetch_blob(self._transport, ref, self._holders, self._store, seed=coordinator)
 
     async def _find_holders(self) -> None:
         head = self._run.chain.head
         reducers = head.plan.message.reducers if head is not None and head.plan is not None else []
         found = await asyncio.gather(*(self._dial(reducer) for reducer in reducers))
-        self._holders = [*filter(None, found), self._run.chain.coordinator]
+        self._holders = list(filter(None, found))
 
     async def _dial(self, reducer: pb.Reducer) -> str | None:
         """The reducer's peer id if it answers; it may be gone, or behind a NAT."""

@@ -10,7 +10,7 @@ from hivegrpo.peer.swarm.faults import judge
 from hivegrpo.peer.swarm.session import Session
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.audits import MAX_PROOF_BYTES
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.errors import WireError
 from hivegrpo.protocol.files import write_whole
 from hivegrpo.protocol.history import History

@@ -8,7 +8,7 @@ from hivegrpo.peer.swarm.contribution import ContributionStore
 from hivegrpo.peer.swarm.faults import judge
 from hivegrpo.peer.swarm.reducer import SpanLayout, reduce_span
 from hivegrpo.protocol.blobs import BlobRef, blob_root
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.errors import WireError
 from hivegrpo.protocol.history import Record

@@ -1,46 +1,56 @@
 """Catching up: the chain from the coordinator or any peer, the newest anchor, the updates since, and the reference."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Executor
+from contextlib import suppress
 
 import structlog
 
-from hivegrpo.peer.swarm.directory import Directory
-from hivegrpo.peer.swarm.versions import Versions, ref_of
-from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.blobs import BlobRef
-from hivegrpo.protocol.blobstream import fetch_blob
+from hivegrpo.peer.swarm.sharing import Sharing
+from hivegrpo.peer.swarm.versions import Versions
 from hivegrpo.protocol.chainstream import extend_chain
-from hivegrpo.protocol.envelope import open_signed, parse
 from hivegrpo.protocol.errors import ChainError, RemoteError, WireError
 from hivegrpo.protocol.transport.base import Transport
 
 log = structlog.get_logger(__name__)
 
-HOLDERS_KEY = "holders"
-MAX_ASKED = 128
-"""Holders that are dialled for one blob, all at once: anybody can announce addresses where nobody answers."""
-
 ATTEMPTS = 12
 FIRST_PAUSE, LAST_PAUSE = 0.1, 2.0
+FIRST_FIND_SECONDS = 2.0
+"""How long the DHT is waited for before a whole state is fetched; it is asked again meanwhile."""
 
 
 class Synchroniser:
     """Brings `versions` to the head of the chain. The coordinator is asked last for bulk data."""
 
-    def __init__(
-        self, versions: Versions, transport: Transport, directory: Directory, coordinator: str, worker: Executor
-    ) -> None:
+    def __init__(self, versions: Versions, transport: Transport, sharing: Sharing, worker: Executor) -> None:
+        """`worker` is the one thread that changes `versions`."""
         self._versions = versions
         self._transport = transport
-        self._directory = directory
-        self._coordinator = coordinator
+        self._sharing = sharing
+        self._coordinator = versions.chain.coordinator
         self._worker = worker
 
     async def run(self) -> None:
-        """Verify the chain up to the newest version and get its state. RemoteError if nobody has what is missing."""
+        """Verify the chain up to the newest version and get its state. RemoteError if nobody has what is missing.
+
+        A blob that is damaged on this disk is removed, and fetched again.
+        """
         await self._extend()
+        if self._versions.newest_anchor() > self._versions.version:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FIRST_FIND_SECONDS):
+                    await self._sharing.find_once()
+        finding = asyncio.create_task(self._sharing.find())
+        try:
+            await self._try_again_and_again()
+        finally:
+            finding.cancel()
+            await asyncio.gather(finding, return_exceptions=True)
+        self._sharing.store.sweep_parts()
+
+    async def _try_again_and_again(self) -> None:
         reason: Exception | None = None
         for attempt in range(ATTEMPTS):
             try:
@@ -50,32 +60,14 @@ class Synchroniser:
                 reason = error
                 log.info("synchronising; not everything can be had yet", reason=str(error))
                 await asyncio.sleep(min(FIRST_PAUSE * 2**attempt, LAST_PAUSE))
-                await self._ask_directory()
+                await self._sharing.find_once()
                 await self._extend()
         raise RemoteError(f"version {self._versions.chain.height} cannot be had from anyone now: {reason}")
-
-    async def fetch(self, ref: BlobRef, also: Sequence[str] = ()) -> None:
-        """Get one blob from the peers that may have it, the coordinator last, unless it is here."""
-        if self._versions.store.has(ref):
-            return
-        holders = [*also, *self._directory.known()]
-        holders = [peer for peer in dict.fromkeys(holders) if peer not in (self._coordinator, self._transport.peer_id)]
-        found = await asyncio.gather(*map(self._is_reached, holders[:MAX_ASKED]))
-        reached = [peer for peer, here in zip(holders, found, strict=False) if here]
-        await fetch_blob(self._transport, ref, [*reached, self._coordinator], self._versions.store)
-
-    async def _is_reached(self, peer: str) -> bool:
-        try:
-            await self._directory.reach(peer, timeout=3.0)
-        except WireError as error:
-            log.debug("a holder is out of reach", peer=peer, reason=str(error))
-            return False
-        return True
 
     async def _extend(self) -> None:
         """Chain entries; they come from the coordinator, or else from whoever has them."""
         chain = self._versions.chain
-        for holder in [self._coordinator, *self._directory.known()]:
+        for holder in [self._coordinator, *self._sharing.directory.known()]:
             try:
                 before = chain.height
                 await extend_chain(self._transport, holder, chain, self._versions.extend)
@@ -89,23 +81,21 @@ class Synchroniser:
                 log.warning("a holder serves a chain that does not verify", holder=holder, reason=str(error))
 
     async def _advance(self) -> None:
-        versions = self._versions
+        versions, sharing = self._versions, self._sharing
         anchor = versions.newest_anchor()
         if anchor > versions.version:
-            entry = versions.chain.entries[anchor]
             try:
-                await self.fetch(ref_of(entry.manifest.message.state), self._roster(anchor))
+                await sharing.fetch(versions.state_ref(anchor), self._roster(anchor))
                 await self._on_worker(versions.load_anchor, anchor)
             except RemoteError as error:
                 log.info("the newest anchor is not to be had; replaying updates", anchor=anchor, reason=str(error))
         while versions.version < versions.chain.height:
             following = versions.version + 1
-            for ref in versions.span_refs(following):
-                await self.fetch(ref, self._roster(following))
+            await sharing.fetch_all(versions.span_refs(following), self._roster(following), seeded=False)
             await self._on_worker(versions.replay_next)
         reference = versions.missing_reference()
         if reference is not None:
-            await self.fetch(ref_of(versions.chain.entries[reference].manifest.message.state), self._roster(reference))
+            await sharing.fetch(versions.state_ref(reference), self._roster(reference))
             await self._on_worker(versions.load_reference, reference)
 
     async def _on_worker(self, function: Callable[..., None], *args: int) -> None:
@@ -117,17 +107,5 @@ class Synchroniser:
         plan = self._versions.chain.entries[version].plan
         if plan is None:
             return []
-        self._directory.learn(plan.message.reducers)
+        self._sharing.directory.learn(plan.message.reducers)
         return [reducer.peer for reducer in plan.message.reducers]
-
-    async def _ask_directory(self) -> None:
-        """Holders that announced themselves in the DHT; each record must be signed by the peer it speaks of."""
-        run_id = self._versions.chain.run_id
-        hints = await self._transport.find(f"{run_id[:16]}/{HOLDERS_KEY}")
-        for peer, value in hints.items():
-            try:
-                endpoint = open_signed(parse(pb.Signed, value), run_id, pb.Endpoint, signer=peer).message
-                if endpoint.peer == peer:
-                    self._directory.learn([endpoint])
-            except WireError as error:
-                log.debug("a hint in the DHT does not verify", peer=peer, reason=str(error))

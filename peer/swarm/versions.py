@@ -3,7 +3,8 @@
 Everything kept is content-addressed: anchors by their state root, spans by theirs, both named in the manifests.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from hivegrpo.peer.learn.step import PolicyState, state_bytes, state_from_bytes
 from hivegrpo.peer.swarm.replay import replay
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobs import BlobRef, blob_root
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chain import Entry
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.coefficients import planned_rule
@@ -25,6 +26,9 @@ from hivegrpo.protocol.reference import reference_of
 
 KEPT_ANCHORS = 2
 """Newest anchors kept on disk, beside the KL reference; version 0 is made from the seed."""
+
+SPARED_SECONDS = 3600.0
+"""How long a blob that no version needs stays in a home: an attempt in flight may yet be committed."""
 
 
 def ref_of(blob: pb.Blob) -> BlobRef:
@@ -52,6 +56,10 @@ class Versions:
         self.reference_version = 0
         self._kept: set[int] = set()
         """Versions whose whole state is in the store."""
+        self._held: set[bytes] = set()
+        """Blobs of versions that are in the store, as far as this object has seen them."""
+        self._unclaimed: set[bytes] = set()
+        """Blobs that were here at the start and that no version names, so far."""
         self._pending: list[BlobRef] = []
         self.state_root = blob_root(state_bytes(self.state))
         self._restore()
@@ -73,9 +81,10 @@ class Versions:
 
         The spans are in the store before this returns: once the version is committed, others ask for them at once.
         """
-        self._forget_pending(())
+        self._forget_pending()
         shadow = replay(self.state, plan, spans)
         self._pending = [self.store.add_bytes(span) for span in spans]
+        self._held |= {ref.root for ref in self._pending}
         return shadow, blob_root(state_bytes(shadow))
 
     def extend(self, message: pb.ChainEntry) -> Entry:
@@ -91,7 +100,9 @@ class Versions:
                 "which the run's settings do not give.",
                 "Do not contribute, and report this message to whoever launched the run.",
             )
-        return self._chainfile.append(message)
+        entry = self._chainfile.append(message)
+        self._held |= self._unclaimed & self._roots_of(manifest)
+        return entry
 
     def adopt(self, version: int, shadow: PolicyState, root: bytes) -> None:
         """Make `shadow` the current state, if the chain says that it is `version`; ChainError if its root differs.
@@ -106,19 +117,18 @@ class Versions:
                 f"give {root.hex()[:16]} on this machine.",
                 f"This peer refuses the version. The evidence is in {self._home / 'evidence'}; report it to the run.",
             )
-        self._forget_pending(self.span_refs(version))
+        self._forget_pending()
         self.state, self.version, self.state_root = shadow, version, root
         if version > 0 and self.is_anchor(version):
-            self.store.add_bytes(state_bytes(shadow))
+            self._held.add(self.store.add_bytes(state_bytes(shadow)).root)
             self._kept.add(version)
         if version == self._reference_at(version) > 0:
             self.reference, self.reference_version = shadow.parameters.clone(), version
         self._prune()
 
     def load_anchor(self, version: int) -> None:
-        """Take the state from an anchor in the store."""
-        ref = ref_of(self.chain.entries[version].manifest.message.state)
-        state = state_from_bytes(self.store.read(ref), self.values)
+        """Take the state from an anchor in the store; CommitmentError if that is damaged, and it is removed."""
+        state = state_from_bytes(self._read(self.state_ref(version)), self.values)
         self.adopt(version, state, blob_root(state_bytes(state)))
 
     def missing_reference(self) -> int | None:
@@ -128,11 +138,7 @@ class Versions:
 
     def load_reference(self, version: int) -> None:
         """Take the KL reference from its state in the store; CommitmentError if that is damaged, and it is removed."""
-        ref = ref_of(self.chain.entries[version].manifest.message.state)
-        data = self.store.read(ref)
-        if blob_root(data) != ref.root:
-            self.store.remove(ref.root)
-            raise CommitmentError(f"the state of reference version {version} was damaged in this home")
+        data = self._read(self.state_ref(version))
         self.reference, self.reference_version = state_from_bytes(data, self.values).parameters.clone(), version
         self._kept.add(version)
         self._prune()
@@ -150,42 +156,84 @@ class Versions:
         """The spans that lead from the version before to this one."""
         return [ref_of(span) for span in self.chain.entries[version].manifest.message.spans]
 
+    def state_ref(self, version: int) -> BlobRef:
+        """The whole state of a version."""
+        return ref_of(self.chain.entries[version].manifest.message.state)
+
     def replay_next(self) -> None:
-        """Advance by one version from spans in the store."""
+        """Advance by one version from spans in the store; CommitmentError if one is damaged, and it is removed."""
         version = self.version + 1
         entry = self.chain.entries[version]
         assert entry.plan is not None
-        spans = [self.store.read(ref) for ref in self.span_refs(version)]
+        spans = [self._read(ref) for ref in self.span_refs(version)]
         shadow, root = self.shadow(entry.plan.message, spans)
         self.adopt(version, shadow, root)
 
-    def _restore(self) -> None:
-        """The newest state that this home's own files give."""
-        states = [ref_of(entry.manifest.message.state) for entry in self.chain.entries]
-        self._kept = {version for version in range(1, len(states)) if self.store.has(states[version])}
-        if self._kept:
-            self.load_anchor(max(self._kept))
-        while self.version < self.chain.height and all(map(self.store.has, self.span_refs(self.version + 1))):
-            self.replay_next()
+    def sweep(self, also: Iterable[bytes] = ()) -> None:
+        """Remove from the store what no version that is kept needs, nor `also`: what processes that died left there."""
+        self.store.sweep({*self._live(), *also}, SPARED_SECONDS)
 
-    def _forget_pending(self, committed: Sequence[BlobRef]) -> None:
+    def _restore(self) -> None:
+        """The newest state that this home's own files give; what is damaged there is removed."""
+        here = self.store.roots()
+        states = [self.state_ref(version) for version in range(len(self.chain.entries))]
+        self._kept = {version for version in range(1, len(states)) if states[version].root in here}
+        for entry in self.chain.entries:
+            self._held |= here & self._roots_of(entry.manifest.message)
+        self._unclaimed = here - self._held
+        with suppress(CommitmentError):
+            while self._kept and self.version < max(self._kept):
+                self._load_newest()
+            while self.version < self.chain.height and all(map(self.store.has, self.span_refs(self.version + 1))):
+                self.replay_next()
+
+    def _load_newest(self) -> None:
+        """Load the newest state that is here whole."""
+        newest = max(self._kept)
+        try:
+            self.load_anchor(newest)
+        except CommitmentError:
+            self._kept.discard(newest)
+
+    def _read(self, ref: BlobRef) -> bytes:
+        """A blob of the store; CommitmentError if it is damaged, and removed, or was removed for that meanwhile."""
+        self._held.add(ref.root)
+        try:
+            return self.store.read(ref)
+        except CommitmentError:
+            self.store.remove(ref.root)
+            raise
+        except FileNotFoundError as error:
+            raise CommitmentError(str(error)) from None
+
+    def _roots_of(self, manifest: pb.VersionManifest) -> set[bytes]:
+        """Names of a version's blobs."""
+        return {manifest.state.root, *(span.root for span in manifest.spans)}
+
+    def _forget_pending(self) -> None:
         """Remove the spans of an attempt that came to nothing."""
-        for ref in self._pending:
-            if ref not in committed:
-                self.store.remove(ref.root)
-        self._pending = []
+        pending, self._pending = self._pending, []
+        for root in {ref.root for ref in pending} - self._live():
+            self.store.remove(root)
 
     def _prune(self) -> None:
         """Forget spans beyond `keep_versions`, and states beyond the newest few and the KL reference."""
-        entries = self.chain.entries
-        old = self.version - self._config.distribution.keep_versions
-        if 0 < old < len(entries):
-            for ref in self.span_refs(old):
-                self.store.remove(ref.root)
+        live = self._live()
+        for root in self._held - live:
+            self.store.remove(root)
+        self._held &= live
+        self._kept = {version for version in self._kept if self.state_ref(version).root in live}
+
+    def _live(self) -> set[bytes]:
+        """What is kept: spans of the last versions, newer ones that are waited for, the newest states, the reference.
+
+        Equal content has one name: a span of one version may be that of another, too.
+        """
+        oldest = max(1, self.version - self._config.distribution.keep_versions + 1)
+        spans = {ref.root for version in range(oldest, len(self.chain.entries)) for ref in self.span_refs(version)}
         spared = {self._reference_at(self.version), *sorted(self._kept)[-KEPT_ANCHORS:]}
-        for version in self._kept - spared:
-            self.store.remove(entries[version].manifest.message.state.root)
-        self._kept &= spared
+        states = {self.state_ref(version).root for version in spared if 0 < version < len(self.chain.entries)}
+        return spans | states | {ref.root for ref in self._pending}
 
     def _reference_at(self, version: int) -> int:
         """The KL reference of what is sampled under a version; 0 if the run has none."""

@@ -37,11 +37,11 @@ class FramedStream(Stream):
         self._announced: int | None = None
         self._open = True
         self._cap: UploadCap | None = None
-        self._urgent = False
+        self._urgent = self._last = False
 
-    def pace(self, cap: UploadCap | None, urgent: bool) -> None:
-        """From now on send no faster than `cap` admits; what is urgent goes before what is not."""
-        self._cap, self._urgent = cap, urgent
+    def pace(self, cap: UploadCap, *, urgent: bool, last: bool) -> None:
+        """From now on send no faster than `cap` admits; what is urgent goes before the rest, and blobs go `last`."""
+        self._cap, self._urgent, self._last = cap, urgent, last
 
     @property
     def usable(self) -> bool:
@@ -59,10 +59,15 @@ class FramedStream(Stream):
             # In one piece: written apart, the prefix would be a packet of its own all the way.
             whole = b"".join((size.to_bytes(PREFIX_BYTES, "big"), body))
             if self._cap is None:
-                self._writer.write(whole)
-                await _within(timeout, self._writer.drain())
-            else:
+                await self._write(whole, timeout)
+            elif self._last:
                 await self._send_in_slices(self._cap, whole, timeout)
+            else:
+                with self._cap.sending(len(whole)):
+                    if self._cap.capped:
+                        await self._send_in_slices(self._cap, whole, timeout)
+                    else:
+                        await self._write(whole, timeout)
         except TimeoutError:
             self.abort()
             raise RemoteError(f"{self.remote} did not take a frame within {timeout:g} s") from None
@@ -71,19 +76,25 @@ class FramedStream(Stream):
             raise RemoteError(f"the stream to {self.remote} broke: {error}") from None
         self.bytes_sent += PREFIX_BYTES + size
 
+    async def _write(self, data: bytes, timeout: float | None) -> None:
+        self._writer.write(data)
+        await _within(timeout, self._writer.drain())
+
     async def _send_in_slices(self, cap: UploadCap, data: bytes, timeout: float | None) -> None:
         """`timeout` counts what the receiver takes, not the waits for the cap. Cancelled within a frame, it aborts."""
         clock, sent = asyncio.get_running_loop().time, 0
         try:
             while sent < len(data):
                 part = data[sent : sent + SLICE_BYTES]
-                await cap.admit(len(part), self._urgent)
+                if self._last:
+                    await cap.admit_last(len(part), self.remote)
+                else:
+                    await cap.admit(len(part), self._urgent)
                 if not self._open:
                     raise ConnectionAbortedError("closed on this side")
-                self._writer.write(part)
                 sent += len(part)
                 began = clock()
-                await _within(timeout, self._writer.drain())
+                await self._write(part, timeout)
                 timeout = None if timeout is None else timeout - (clock() - began)
         except asyncio.CancelledError:
             if 0 < sent < len(data):

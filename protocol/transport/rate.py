@@ -1,8 +1,10 @@
-"""An upload cap: a token bucket, and the turns in which a node's streams take from it."""
+"""A node's uplink: the turns in which its streams send, and a cap on all of them, a token bucket."""
 
 import asyncio
+import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 SLICE_BYTES = 16 << 10
 """Most that is taken at once: a small frame waits no longer than so much takes."""
@@ -11,6 +13,15 @@ BURST_BYTES = 64 << 10
 BURST_SECONDS = 0.05
 """What may leave at once after a pause: so many bytes, or so many seconds' worth if that is more. A timer that is late
 by less costs no throughput."""
+
+QUIET_SECONDS = 0.02
+"""So long after the last frame of an exchange its streams count as silent: chunks follow each other faster."""
+
+YIELD_SHARE = 16
+"""While others send, blobs get one byte for so many of theirs."""
+
+YIELD_SECONDS = 1.0
+"""But no slice of a blob waits for others for longer."""
 
 LEAST_WAIT = 1e-6
 """Seconds that any clock can be seen to have moved on by."""
@@ -41,25 +52,55 @@ class TokenBucket:
 
 
 class UploadCap:
-    """One node's cap, shared by all its streams. Bulk streams take turns; what is urgent goes before them.
+    """One node's uplink, shared by all its streams. Bulk streams take turns; what is urgent goes before them.
 
-    Nothing starves: an urgent slice waits for one bulk slice at most, beside the urgent ones that came first.
+    Blobs yield to both, with a cap and without: what late joiners fetch keeps no round waiting. Those who fetch get
+    equal shares, however many streams each has. Nothing starves: an urgent slice waits for one bulk slice at most,
+    beside the urgent ones that came first; a blob's slice for `YIELD_SHARE` times its size, or `YIELD_SECONDS`.
     """
 
     def __init__(
         self,
-        mbit: float,
+        mbit: float | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """`mbit`: 10^6 bits a second, above 0."""
-        rate = mbit * 1e6 / 8
-        self.burst = max(BURST_BYTES, int(rate * BURST_SECONDS))
-        self._bucket = TokenBucket(rate, self.burst, clock)
+        """`mbit`: 10^6 bits a second, above 0; None is no cap."""
+        self.burst = 0
+        """Most that leaves at once with a cap, bytes."""
+        self._bucket: TokenBucket | None = None
+        if mbit is not None:
+            rate = mbit * 1e6 / 8
+            self.burst = max(BURST_BYTES, int(rate * BURST_SECONDS))
+            self._bucket = TokenBucket(rate, self.burst, clock)
+        self._clock = clock
         self._sleep = sleep
         self._door = asyncio.Lock()
         self._bulk = asyncio.Lock()
         """Of bulk slices, one at a time stands at the door."""
+        self._last = asyncio.Lock()
+        """Of blobs' slices, too, when its remote has the turn."""
+        self._turns: dict[str, tuple[asyncio.Lock, int]] = {}
+        """A lock for each remote that fetches blobs, and how many hold it or wait for it."""
+        self._sending = 0
+        self._sent = 0
+        self._silent_since = -math.inf
+
+    @property
+    def capped(self) -> bool:
+        """Whether there is a cap."""
+        return self._bucket is not None
+
+    @contextmanager
+    def sending(self, size: int) -> Iterator[None]:
+        """Around the sending of a frame of `size` bytes to which blobs yield."""
+        self._sending += 1
+        try:
+            yield
+        finally:
+            self._sending -= 1
+            self._sent += size
+            self._silent_since = self._clock()
 
     async def admit(self, size: int, urgent: bool) -> None:
         """Return when `size` bytes, at most SLICE_BYTES, may be written; the caller writes them without awaiting."""
@@ -69,8 +110,33 @@ class UploadCap:
             async with self._bulk:
                 await self._pass_door(size)
 
+    async def admit_last(self, size: int, remote: str) -> None:
+        """As `admit`, for a blob's slice on its way to `remote`."""
+        async with self._turn_of(remote), self._last:
+            began, before = self._clock(), self._sent
+            while self._sending or self._clock() - self._silent_since < QUIET_SECONDS:
+                if self._sent - before >= YIELD_SHARE * size or self._clock() - began >= YIELD_SECONDS:
+                    break
+                await self._sleep(QUIET_SECONDS)
+            await self._pass_door(size)
+
+    @asynccontextmanager
+    async def _turn_of(self, remote: str) -> AsyncIterator[None]:
+        """One slice of each remote at a time waits for its turn."""
+        lock, users = self._turns.get(remote, (asyncio.Lock(), 0))
+        self._turns[remote] = lock, users + 1
+        try:
+            async with lock:
+                yield
+        finally:
+            lock, users = self._turns.pop(remote)
+            if users > 1:
+                self._turns[remote] = lock, users - 1
+
     async def _pass_door(self, size: int) -> None:
         """First come, first served: asyncio's locks are fair."""
+        if self._bucket is None:
+            return
         async with self._door:
             while (seconds := self._bucket.take(size)) > 0.0:
                 await self._sleep(seconds)

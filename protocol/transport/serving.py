@@ -26,6 +26,9 @@ PROTOCOL = "hivegrpo/1/"
 """Prefix of every stream's libp2p protocol name."""
 
 CALL = "call"
+LAST = frozenset({"blob"})
+"""Streams that yield to all others."""
+
 MAX_HINT_BYTES = 8 << 10
 MAX_REASON_CHARS = 300
 CALLS_AT_ONCE = 8
@@ -43,9 +46,9 @@ class ServingTransport(Transport):
     """Everything but the medium: a subclass opens streams, announces protocols, and passes on what comes in."""
 
     def __init__(self, peer_id: str, upload: UploadCap | None = None) -> None:
-        """`upload`: what all bytes that this node writes on streams go through; calls before the rest."""
+        """`upload`: what all bytes of streams go through on their way out, calls first, blobs last; None is no cap."""
         self.peer_id = peer_id
-        self.upload = upload
+        self.upload = upload or UploadCap()
         self.rejected = {}
         self.closed = False
         self._call_handlers: dict[str, CallHandler] = {}
@@ -128,7 +131,7 @@ class ServingTransport(Transport):
         if peer_id == self.peer_id:
             raise RemoteError("a node does not dial itself")
         stream = await self._open(peer_id, name)
-        stream.pace(self.upload, urgent=name == CALL)
+        stream.pace(self.upload, urgent=name == CALL, last=name in LAST)
         self._streams.add(stream)
         if self.closed:
             stream.abort()
@@ -143,7 +146,7 @@ class ServingTransport(Transport):
             self._reject(RemoteError(f"has {most} streams {name!r} open already"), stream.remote)
             return
         self._served[key] += 1
-        stream.pace(self.upload, urgent=name == CALL)
+        stream.pace(self.upload, urgent=name == CALL, last=name in LAST)
         self._streams.add(stream)
         self._spawn(self._serve(stream, handler, key))
 

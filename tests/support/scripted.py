@@ -18,7 +18,8 @@ from hivegrpo.coordinator.service import FOLLOW, REPORT, Coordinator
 from hivegrpo.coordinator.state import State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobs import blob_ref
-from hivegrpo.protocol.blobstream import BlobStore, serve_blobs
+from hivegrpo.protocol.blobstore import BlobStore
+from hivegrpo.protocol.blobstream import serve_blobs
 from hivegrpo.protocol.config import RunConfig
 from hivegrpo.protocol.envelope import PROTOCOL, digest_of, open_signed, parse, run_id_of, sign, sign_payload
 from hivegrpo.protocol.errors import HiveError

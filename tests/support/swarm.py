@@ -16,8 +16,9 @@ from hivegrpo.coordinator.state import State
 from hivegrpo.peer.daemon import work_in_run
 from hivegrpo.peer.desk import Learns
 from hivegrpo.peer.home import PeerHome
+from hivegrpo.peer.swarm.sharing import Sharing
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.config import RunConfig
 from hivegrpo.protocol.envelope import run_id_of
@@ -138,6 +139,9 @@ class Swarm:
             with ThreadPoolExecutor(max_workers=1) as worker:
                 try:
                     await transport.connect([address])
+                    store = BlobStore(home.blobs)
+                    sharing = Sharing(transport, identity, self.run_id, self.coordinator_identity.peer_id, store)
+                    await sharing.start()
                     await work_in_run(
                         address,
                         identity=identity,
@@ -145,7 +149,7 @@ class Swarm:
                         chainfile=ChainFile.create(home.root, self.run, self.coordinator_identity.peer_id),
                         config=self.config,
                         home=home,
-                        store=BlobStore(home.blobs),
+                        sharing=sharing,
                         learner=learner,
                         worker=worker,
                         stop=stop,

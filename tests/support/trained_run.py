@@ -19,7 +19,7 @@ from hivegrpo.peer.swarm.codecs.registry import get_codec
 from hivegrpo.peer.swarm.codecs.vectors import decode_vector, encode_vector
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobs import BlobRef, blob_ref
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.chunks import chunk_count, split_evenly
