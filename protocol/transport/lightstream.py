@@ -1,5 +1,6 @@
 """Frames on a byte stream of any library: what `FramedStream` is for asyncio, for a reader of few and small frames."""
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from typing import Protocol
@@ -36,15 +37,15 @@ class LightStream(Stream):
         self._stream = stream
         self._bounded = bounded
 
-    async def send(self, frame: bytes | memoryview, timeout: float = 30.0) -> None:
+    async def send(self, frame: bytes | memoryview, timeout: float | None = 30.0) -> None:
         if len(frame) > MAX_FRAME_BYTES:
             raise FrameError(f"a frame of {len(frame)} bytes; at most {MAX_FRAME_BYTES} may be sent")
-        with self._bounded(timeout):
+        with self._bounded(math.inf if timeout is None else timeout):
             await self._stream.write(len(frame).to_bytes(PREFIX_BYTES, "big") + frame)
         self.bytes_sent += PREFIX_BYTES + len(frame)
 
-    async def receive(self, limit: int, timeout: float = 30.0) -> bytes:
-        with self._bounded(timeout):
+    async def receive(self, limit: int, timeout: float | None = 30.0) -> bytes:
+        with self._bounded(math.inf if timeout is None else timeout):
             size = int.from_bytes(await self._read(PREFIX_BYTES), "big")
             if size > limit:
                 raise FrameError(f"{self.remote} announced a frame of {size} bytes; at most {limit} are read here")
