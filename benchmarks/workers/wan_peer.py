@@ -38,7 +38,8 @@ class KeepingStopwatch(Stopwatch):
         self.rounds.append(
             {
                 "version": report.version,
-                "round": self.decoded - self.reported,
+                "reported": self.reported,
+                "decoded": self.decoded,
                 "averaged": self._mean.matches(self.average),
                 "exchange": report.metrics["seconds/exchange"],
                 "encoding": self.reported - self.learned,
