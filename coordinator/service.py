@@ -6,7 +6,6 @@ process (an answer, a push, an entry of the chain) follows once the event is on 
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -40,7 +39,7 @@ from hivegrpo.protocol.errors import ChainError, RemoteError, WireError
 from hivegrpo.protocol.holders import HolderBook
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.transport.base import MAX_CALL_BYTES, Stream, Transport
-from hivegrpo.protocol.transport.serving import is_shown, printable
+from hivegrpo.protocol.transport.serving import Noise, is_shown, printable
 
 REPORT = "report"
 FOLLOW = "follow"
@@ -94,7 +93,7 @@ class Coordinator:
         self._closing = False
         self._told_finished_at: float | None = None
         self._pulses: dict[str, Pulse] = {}
-        self._warnings: Counter[str] = Counter()
+        self._noise = Noise()
         self._followers = Followers(MISSED_HEARTBEATS * HEARTBEAT_SECONDS + config.timing.grace, self._wake.set)
         self._bench = Bench(
             transport,
@@ -355,10 +354,10 @@ class Coordinator:
         self._warn("rejected", peer=remote, error=name, reason=printable(error.message))
 
     def _warn(self, event: str, **what: str) -> None:
-        """Show the first ones of a kind, then ever fewer, so that a flood does not fill the disk."""
-        self._warnings[event] += 1
-        if is_shown(self._warnings[event]):
-            log.warning(event, **what, count=self._warnings[event])
+        """Show the first ones of a kind, and peer, then ever fewer, so that a flood does not fill the disk."""
+        count = self._noise.count(event, what.get("peer", ""))
+        if is_shown(count):
+            log.warning(event, **what, count=count)
 
     def _deliver(self, push: Push) -> None:
         self._followers.push(push.peers, self._sign(push.type, push.payload).SerializeToString())

@@ -45,7 +45,7 @@ def test_inner_products_are_those_of_the_decoded_vectors(rule: str) -> None:
         ]
     )
     evidence = SpanDots(2)
-    data = reduce_span(plan, 0, seal, encoded, evidence.add)
+    data = reduce_span(plan, 0, seal, encoded, lambda decoded, reduced, _: evidence.add(decoded, reduced))
     assert data == reduce_span(plan, 0, seal, encoded)
     result = decode_vector(codec, data, VALUES).double()
     expected = [float(decoded[peer] @ result) for peer in "ab"] + [float(result @ result)]

@@ -9,18 +9,19 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, islice
 
 import structlog
 
 from hivegrpo.peer.swarm.accuse import Sent
 from hivegrpo.peer.swarm.contribution import EncodedVector
 from hivegrpo.peer.swarm.directory import Directory
+from hivegrpo.peer.swarm.making import SpanInMaking, frame_sizes, split_frames
 from hivegrpo.peer.swarm.pulls import PULL, PullServer
 from hivegrpo.peer.swarm.reducer import RefusedPush, SpanLayout, SpanReducer
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.audits import receipt_of
-from hivegrpo.protocol.blobs import BlobRef, blob_ref, blob_root, split_pieces
+from hivegrpo.protocol.blobs import blob_ref, blob_root
 from hivegrpo.protocol.envelope import Opened, open_signed, parse, sign, sign_payload
 from hivegrpo.protocol.errors import CommitmentError, FrameError, RemoteError, StaleError, WireError
 from hivegrpo.protocol.identity import Identity
@@ -80,6 +81,8 @@ class Exchange:
         self._worker = worker
         self._changed = asyncio.Condition()
         self._over = False
+        self._making: SpanInMaking | None = None
+        """The own span, from the seal on."""
         self._lines: dict[int, Stream] = {}
         """Streams to the reducers that have this peer's chunks, and were asked for their spans."""
         directory.learn(plan.message.reducers)
@@ -137,24 +140,31 @@ class Exchange:
         await stream.send(pb.Ack(accepted=True).SerializeToString())
 
     async def serve_span(self, stream: Stream, index: int) -> None:
-        """Send a span with its receipt: the own one once it is reduced, another's only if it is here already.
+        """Send a span and its receipt: the own one as it is reduced, another's only if it is here already.
 
-        Nothing, if the attempt ends without it.
+        Not all of it, if the attempt ends without it.
         """
         plan = self.plan.message
-        if index not in self.spans and (self.reducer is None or index != self.reducer.span):
+        mine = self.reducer is not None and index == self.reducer.span
+        if index not in self.spans and not mine:
             raise StaleError(f"span {index} is not here")  # two who wait for each other would not ask who has it
+        sent = 0
         try:
-            async with asyncio.timeout(plan.exchange_seconds + plan.step_seconds), self._changed:
-                await self._changed.wait_for(lambda: index in self.spans or self._over)
+            async with asyncio.timeout(plan.exchange_seconds + plan.step_seconds):
+                async with self._changed:
+                    await self._changed.wait_for(lambda: index in self.spans or self._making or self._over)
+                if index not in self.spans and self._making is not None:
+                    async for frame in self._making.frames():
+                        await stream.send(frame)
+                        sent += 1
         except TimeoutError:
             raise StaleError(f"span {index} did not become available here") from None
         if index not in self.spans:
             return
         span = self.spans[index]
+        for rest in islice(split_frames(span.data), sent, None):
+            await stream.send(rest)
         await stream.send(span.receipt.SerializeToString())
-        for piece in split_pieces(span.data):
-            await stream.send(piece)
         self._count(stream)
 
     async def end(self) -> None:
@@ -194,7 +204,15 @@ class Exchange:
 
     async def _obtain(self, index: int, seal: Opened[pb.Seal]) -> None:
         if self.reducer is not None and index == self.reducer.span:
-            await self._keep(index, await self._reduce(self.reducer, seal))
+            making = SpanInMaking()
+            async with self._changed:
+                self._making = making
+                self._changed.notify_all()
+            try:
+                await self._keep(index, await self._reduce(self.reducer, seal, making.add))
+            finally:
+                making.end()
+                self._making = None
             return
         layout = SpanLayout.of(self.plan.message, index)
         first = self.plan.message.reducers[index].peer
@@ -225,11 +243,11 @@ class Exchange:
             others += group[start:] + group[:start]
         return [peer for peer in others if peer not in (first, me)]
 
-    async def _reduce(self, reducer: SpanReducer, seal: Opened[pb.Seal]) -> Span:
+    async def _reduce(self, reducer: SpanReducer, seal: Opened[pb.Seal], on_part: Callable[[bytes], None]) -> Span:
         if not reducer.has_all(seal.message):
             raise RemoteError("the seal names a sender whose chunks are no longer here")
         loop = asyncio.get_running_loop()
-        data = await loop.run_in_executor(self._worker, reducer.reduce, seal.message)
+        data = await loop.run_in_executor(self._worker, reducer.reduce, seal.message, on_part)
         ref = blob_ref(data)
         content = pb.Blob(root=ref.root, size=ref.size)
         receipt = receipt_of(self.plan.digest, seal.digest, reducer.span, content)
@@ -248,23 +266,26 @@ class Exchange:
         self, stream: Stream, index: int, layout: SpanLayout, seal: Opened[pb.Seal], patience: float
     ) -> Span:
         reducer = self.plan.message.reducers[index].peer
+        frames: list[bytes] = []
+        began = 0.0
+        for size in frame_sizes(layout.size):
+            frames.append(await stream.receive(size, patience))
+            began = began or time.perf_counter()
+            if len(frames[-1]) != size:
+                raise FrameError(f"{len(frames[-1])} bytes of a span where the plan says {size}")
+        seconds = time.perf_counter() - began
         signed = parse(pb.Signed, await stream.receive(MAX_RECEIPT_BYTES, patience))
         receipt = open_signed(signed, self._run_id, pb.SpanReceipt, reducer).message
         if (receipt.plan, receipt.seal, receipt.span) != (self.plan.digest, seal.digest, index):
             raise StaleError("the receipt is for another plan, seal or span")
         if signed.payload != receipt_of(self.plan.digest, seal.digest, index, receipt.content):
             raise FrameError("a receipt with something else in it: whoever has only its signature could not check it")
-        ref = BlobRef(receipt.content.root, layout.size)
-        if receipt.content.size != layout.size:
-            raise CommitmentError(f"a span of {receipt.content.size} bytes where the plan says {layout.size}")
-        began = time.perf_counter()
-        pieces = [await stream.receive(ref.piece_size(piece), patience) for piece in range(ref.pieces)]
-        if stream.remote == reducer:
-            self.span_seconds[index] = time.perf_counter() - began
-        self._count(stream)
-        data = b"".join(pieces)
-        if len(data) != ref.size or blob_root(data) != ref.root:
+        data = b"".join(frames)
+        if receipt.content.size != len(data) or blob_root(data) != receipt.content.root:
             raise CommitmentError("the span's bytes are not those of its receipt")
+        if stream.remote == reducer:
+            self.span_seconds[index] = seconds
+        self._count(stream)
         return Span(signed, receipt.content, data)
 
     async def _keep(self, index: int, span: Span) -> None:

@@ -153,10 +153,18 @@ class SpanReducer:
         """Whether every sender that the seal names is complete here."""
         return all(sealed.peer in self._chunks for sealed in seal.contributors)
 
-    def reduce(self, seal: pb.Seal) -> bytes:
-        """The span's bytes, from the sealed senders' chunks. `dots` is filled on the way (`SpanDots`)."""
+    def reduce(self, seal: pb.Seal, on_part: Callable[[bytes], None]) -> bytes:
+        """The span's bytes, from the sealed senders' chunks, which `on_part` is given as they are made.
+
+        `dots` is filled on the way (`SpanDots`).
+        """
         evidence = SpanDots(len(seal.contributors))
-        data = reduce_span(self.plan.message, self.span, seal, self._chunks, evidence.add)
+
+        def on_chunk(decoded: list[Tensor], reduced: Tensor, encoded: bytes) -> None:
+            on_part(encoded)
+            evidence.add(decoded, reduced)
+
+        data = reduce_span(self.plan.message, self.span, seal, self._chunks, on_chunk)
         self.dots = evidence.dots
         return data
 
@@ -194,12 +202,12 @@ def reduce_span(
     span: int,
     seal: pb.Seal,
     chunks: Mapping[str, Sequence[bytes]],
-    on_chunk: Callable[[list[Tensor], Tensor], None] | None = None,
+    on_chunk: Callable[[list[Tensor], Tensor, bytes], None] | None = None,
 ) -> bytes:
     """A span's bytes: the plan's rule over the sealed senders' chunks (by peer id), encoded once.
 
     A canonical function of committed bytes: whoever has the chunks gets the same bytes. `on_chunk` is shown what the
-    contributors have in each chunk, in the seal's order, and the result.
+    contributors have in each chunk, in the seal's order, the result, and its encoding.
     """
     codec, rule = get_codec(plan.codec), get_rule(plan.rule)
     coefficients = [fp32_from_bits(sealed.coefficient) for sealed in seal.contributors]
@@ -215,5 +223,5 @@ def reduce_span(
     for reduced in rule.reduce(range(len(values)), decode, coefficients):
         parts.append(codec.encode(reduced))
         if on_chunk is not None:
-            on_chunk(decoded, reduced)
+            on_chunk(decoded, reduced, parts[-1])
     return b"".join(parts)

@@ -31,6 +31,8 @@ LAST = frozenset({"blob"})
 
 MAX_HINT_BYTES = 8 << 10
 MAX_REASON_CHARS = 300
+MAX_NOISY = 1024
+"""Peers times kinds of trouble that are counted apart."""
 CALLS_AT_ONCE = 8
 """Calls in flight to one peer; the next ones wait."""
 
@@ -54,6 +56,7 @@ class ServingTransport(Transport):
         self._call_handlers: dict[str, CallHandler] = {}
         self._stream_handlers: dict[str, tuple[StreamHandler, int]] = {}
         self._served: Counter[tuple[str, str]] = Counter()
+        self._noise = Noise()
         self._streams: set[FramedStream] = set()
         self._lines: dict[str, _Line] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -199,8 +202,8 @@ class ServingTransport(Transport):
     def _reject(self, error: WireError, remote: str) -> None:
         """Count bad input; show the first ones, then ever fewer, so that a flood does not fill the disk."""
         kind = type(error).__name__
-        count = self.rejected.get(kind, 0) + 1
-        self.rejected[kind] = count
+        self.rejected[kind] = self.rejected.get(kind, 0) + 1
+        count = self._noise.count(kind, remote)
         if is_shown(count):
             log.warning("rejected", error=kind, reason=printable(error.message), peer=remote, count=count)
 
@@ -234,6 +237,21 @@ class _Line:
     def _drop(self, stream: FramedStream) -> None:
         self._idle = [(kept, timer) for kept, timer in self._idle if kept is not stream]
         stream.abort()
+
+
+class Noise:
+    """How often each peer has caused what is shown: nobody's flood hides what another does."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[str, str]] = Counter()
+
+    def count(self, kind: str, peer: str) -> int:
+        """One more of a kind from a peer: how many by now. Beyond `MAX_NOISY`, strangers are counted together."""
+        key = kind, peer
+        if key not in self._counts and len(self._counts) >= MAX_NOISY:
+            key = kind, ""
+        self._counts[key] += 1
+        return self._counts[key]
 
 
 def is_shown(count: int) -> bool:

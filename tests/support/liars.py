@@ -1,6 +1,6 @@
 """Peers that are honest on the wire, and lie in what they compute, commit to and sign."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from typing import Self
@@ -12,6 +12,7 @@ from hivegrpo.peer.swarm.auditor import Auditor
 from hivegrpo.peer.swarm.codecs.base import Codec
 from hivegrpo.peer.swarm.contribution import EncodedVector
 from hivegrpo.peer.swarm.exchange import Exchange, Span
+from hivegrpo.peer.swarm.making import split_frames
 from hivegrpo.peer.swarm.pulls import PullServer
 from hivegrpo.peer.swarm.reducer import SpanReducer
 from hivegrpo.protocol import hivegrpo_pb2 as pb
@@ -56,6 +57,10 @@ def a_lie(data: bytes) -> bytes:
     return data[:-1] + (b"\x01" if data[-1] != 1 else b"\x02")
 
 
+def _unseen(_: bytes) -> None:
+    """Nothing is sent before all of it is made."""
+
+
 MARK = 4095.0
 """First value of a vector of which a chunk is to be spoilt."""
 
@@ -95,16 +100,18 @@ class LyingExchange(Exchange):
     def fault(self) -> Fault | None:
         return self.faults.get(self._identity.peer_id)
 
-    async def _reduce(self, reducer: SpanReducer, seal: Opened[pb.Seal]) -> Span:
+    async def _reduce(self, reducer: SpanReducer, seal: Opened[pb.Seal], on_part: Callable[[bytes], None]) -> Span:
         if self.fault is Fault.COVERED_CHUNK:
             chunks = reducer._chunks[self._identity.peer_id]
             honest = [b"\x00" + chunk[1:] for chunk in chunks]
             reducer._chunks[self._identity.peer_id] = honest
-            span = await super()._reduce(reducer, seal)
+            span = await super()._reduce(reducer, seal, on_part)
             reducer._chunks[self._identity.peer_id] = chunks
             return span
-        span = await super()._reduce(reducer, seal)
-        return self._signed(reducer.span, seal, a_lie(span.data)) if self.fault is Fault.LYING_REDUCER else span
+        if self.fault is Fault.LYING_REDUCER:
+            span = await super()._reduce(reducer, seal, _unseen)
+            return self._signed(reducer.span, seal, a_lie(span.data))
+        return await super()._reduce(reducer, seal, on_part)
 
     async def serve_span(self, stream: Stream, index: int) -> None:
         others = sorted({c.peer for c in self.plan.message.contributors} - {self._identity.peer_id})
@@ -117,8 +124,9 @@ class LyingExchange(Exchange):
         true = self.spans[index]
         seal = open_signed(true.receipt, self._run_id, pb.SpanReceipt).message.seal
         receipt = self._receipt(index, seal, a_lie(true.data))
+        for frame in split_frames(a_lie(true.data)):
+            await stream.send(frame)
         await stream.send(receipt.SerializeToString())
-        await stream.send(a_lie(true.data))
 
     async def _push_span(self, index: int) -> None:
         own = self.own
