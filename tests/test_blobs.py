@@ -31,6 +31,13 @@ PATIENCE = 20.0
 Serve = Callable[[Transport], Awaitable[None]]
 
 
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a fetch waits for by the clock comes soon."""
+    monkeypatch.setattr(blobfetch, "TICK_SECONDS", 0.05)
+    monkeypatch.setattr(blobfetch, "MAP_SECONDS", 0.05)
+
+
 @pytest.fixture
 def theirs(tmp_path: Path) -> BlobStore:
     return BlobStore(tmp_path / "theirs")
@@ -189,7 +196,7 @@ def test_a_holder_that_lies_or_lacks_something_is_passed_over(
 
     async def scenario(reader: Transport) -> None:
         with pytest.raises(RemoteError, match="no holder served blob"):
-            await fetch_blob(reader, REF, ["liar"], ours, stall=0.6)
+            await fetch_blob(reader, REF, ["liar"], ours, stall=0.4)
         assert not ours.has(REF)
         assert (await fetch_blob(reader, REF, ["liar", "holder"], ours)).read_bytes() == DATA
 
@@ -352,7 +359,7 @@ def test_a_slow_line_is_waited_for_and_a_dead_one_is_not(ours: BlobStore) -> Non
         await stream.send(pb.PieceMap(have=b"\x01").SerializeToString())
         await stream.receive(64)
         for start in range(0, PIECE_BYTES, BLOCK_BYTES):
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.15)
             await stream.send(PIECES[0][start : start + BLOCK_BYTES])
 
     async def dead(_: int) -> None:
