@@ -79,6 +79,8 @@ class BlobServer:
             except RemoteError:
                 return  # it has what it wanted
             request = parse(pb.PieceRequest, frame)
+            if await asyncio.to_thread(self._store.leaves, ref) is None:
+                return  # removed meanwhile
             if request.map:
                 idle += 1
                 await self._send_map(stream, ref)

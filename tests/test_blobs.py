@@ -461,6 +461,22 @@ def test_a_piece_beyond_the_end_is_not_there(theirs: BlobStore) -> None:
     with_holders({"holder": honest(theirs)}, scenario)
 
 
+def test_what_is_removed_while_it_is_fetched_is_not_waited_for(
+    ours: BlobStore, theirs: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs.add_bytes(LONG)
+    ref = blob_ref(LONG)
+
+    async def scenario(reader: Transport) -> None:
+        fetching = asyncio.create_task(fetch_blob(reader, ref, ["holder"], ours))
+        await noted(monkeypatch, ours.folder, 1)
+        theirs.remove(ref.root)
+        with pytest.raises(RemoteError, match="nobody else"):
+            await fetching
+
+    with_holders({"holder": honest(theirs)}, scenario)
+
+
 def test_streams_above_the_bound_are_refused(
     theirs: BlobStore, ours: BlobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
