@@ -142,9 +142,7 @@ class BlobFetch:
             if self._part is not None:
                 self._store.end(self._part)
             await self._end_all()
-        path = self._store.path(self._ref)
-        assert path is not None
-        return path
+        return self._store.folder / self._ref.root.hex()
 
     def _look_around(self) -> None:
         """Begin to ask whoever is worth it. RemoteError if nobody is, or nothing comes any more."""
@@ -370,11 +368,10 @@ class BlobFetch:
 
     def _failure(self, why: str) -> RemoteError:
         reasons = "; ".join(f"{peer}: {reason}" for peer, reason in list(self._reasons.items())[:8])
-        name = self._ref.root.hex()[:16]
         here = 0 if self._part is None else len(self._part.have)
         return RemoteError(
-            f"no holder served blob {name}: {why}, and {here} of its {self._ref.pieces} pieces are here "
-            f"({reasons or 'none known'})"
+            f"no holder served blob {self._ref.root.hex()[:16]}: {why}, "
+            f"and {here} of its {self._ref.pieces} pieces are here ({reasons or 'none known'})"
         )
 
 
