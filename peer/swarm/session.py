@@ -104,7 +104,7 @@ class Session:
             if loop.time() - silent_since > GIVE_UP_SECONDS:
                 raise UnreachableError(
                     f"The coordinator at {self._address} has been out of reach for {GIVE_UP_SECONDS:.0f} s.",
-                    "When it is back, start this peer again: it resumes from its home folder.",
+                    "When it is back, or has a new address, start this peer again: it resumes from its home folder.",
                 )
             await asyncio.sleep(backoff)
             backoff = min(2 * backoff, LAST_BACKOFF)
@@ -205,7 +205,7 @@ class Session:
         self.seal = seal
 
     def _take_manifest(self, signed: pb.Signed) -> None:
-        manifest = self._open(signed, pb.VersionManifest)
+        manifest = self._chain.open_version(signed)
         check_manifest(manifest.message)
         version = manifest.message.version
         held = self._chain.entries[version].manifest if version <= self._chain.height else self.head
