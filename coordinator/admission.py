@@ -41,5 +41,5 @@ def check_head(chain: Chain, presented: pb.Signed) -> None:
     raise ChainError(
         f"A peer holds version {version} ({head.digest.hex()[:16]}) under this coordinator's signature, but the chain "
         f"here ends at version {chain.height} without it: this home is older than the run, and going on would fork it.",
-        "Start the coordinator from the newer home folder (restore it), or start a new run.",
+        "Start the coordinator from the newer home folder (restore it), or start a new run: see docs/operations.md.",
     )
