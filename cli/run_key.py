@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.address import check_run_id
-from hivegrpo.protocol.envelope import sign
+from hivegrpo.protocol.envelope import parse, sign
 from hivegrpo.protocol.errors import ConfigError, FrameError
 from hivegrpo.protocol.files import write_whole
 from hivegrpo.protocol.identity import Identity
@@ -52,10 +52,9 @@ def to_text(signed: pb.Signed) -> str:
 def from_text(text: str) -> pb.Signed:
     """Inverse of `to_text`; ConfigError if it is not such a line."""
     try:
-        signed = pb.Signed.FromString(base64.b64decode(text.strip(), validate=True))
-    except Exception as error:  # noqa: BLE001 - protobuf's DecodeError and binascii's: both say that it is none
+        return parse(pb.Signed, base64.b64decode(text.strip(), validate=True))
+    except (ValueError, FrameError) as error:
         raise ConfigError(f"This is no signed succession: {error}.", SIGN_HINT) from None
-    return signed
 
 
 SIGN_HINT = "Paste the whole line; `hivegrpo coordinator succeed HOME` prints the command that makes it."
