@@ -11,25 +11,26 @@ from hivegrpo.cli.network import Network
 from hivegrpo.cli.output import Record, configure_logging, json_lines, short_lines
 from hivegrpo.cli.signals import StopSignals
 from hivegrpo.cli.threads import fair_threads
-from hivegrpo.protocol.address import parse_address
+from hivegrpo.protocol.address import check_run_id, parse_address
 from hivegrpo.protocol.config import PeerConfig
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.transport.base import Transport
 
 
-def launch(address: str, flags: dict[str, Any], *, as_json: bool, verbose: bool) -> None:
+def launch(address: str, flags: dict[str, Any], *, run_id: str | None, as_json: bool, verbose: bool) -> None:
     """Work in the run at `address` until it is finished, or this peer is stopped."""
     signals = StopSignals("this peer")
     configure_logging(verbose)
     parse_address(address)
+    check_run_id(run_id)
     settings = PeerConfig.load(**flags)
     threads = settings.threads or fair_threads()
     # Before torch is imported: its pools take their size from here.
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    uvloop.run(_run(address, settings.model_copy(update={"threads": threads}), signals, as_json))
+    uvloop.run(_run(address, run_id, settings.model_copy(update={"threads": threads}), signals, as_json))
 
 
-async def _run(address: str, settings: PeerConfig, signals: StopSignals, as_json: bool) -> None:
+async def _run(address: str, run_id: str | None, settings: PeerConfig, signals: StopSignals, as_json: bool) -> None:
     from hivegrpo.peer.daemon import run_peer
 
     async def make_transport(identity: Identity, key: Path, settings: PeerConfig, address: str) -> Transport:
@@ -39,7 +40,7 @@ async def _run(address: str, settings: PeerConfig, signals: StopSignals, as_json
     signals.bind(stop)
     show = json_lines(stop) if as_json else short_lines(_describe)
     network = Network()
-    await network.run(run_peer(address, settings, stop, show, make_transport=make_transport))
+    await network.run(run_peer(address, settings, stop, show, make_transport=make_transport, run_id=run_id))
 
 
 def _describe(record: Record) -> tuple[str, str]:

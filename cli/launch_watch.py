@@ -3,13 +3,12 @@
 import importlib.util
 import json
 import os
-import re
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from hivegrpo.cli.output import Record, describe_version
-from hivegrpo.protocol.address import parse_address
+from hivegrpo.protocol.address import check_run_id, parse_address
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.errors import ChainError, ConfigError
 from hivegrpo.protocol.lightclient import LightClient, planned_versions
@@ -75,12 +74,6 @@ async def watch(
             raise
 
 
-def check_run_id(run_id: str | None) -> None:
-    """ConfigError unless it is one."""
-    if run_id is not None and not re.fullmatch("[0-9a-f]{64}", run_id):
-        raise ConfigError(f"{run_id[:80]!r} is not a run id.", "It has 64 hexadecimal digits: see `hivegrpo watch`.")
-
-
 def _run_record(chain: Chain, address: str) -> Record:
     return {
         "kind": "run",
@@ -102,6 +95,7 @@ def _version_record(chain: Chain, version: int) -> Record:
         "versions": planned_versions(chain),
         "manifest": entry.manifest.digest.hex(),
         "state_root": manifest.state.root.hex(),
+        "coordinator": chain.signer_of(version),
         "reference_version": manifest.reference_version,
         "contributors": [sealed.peer for sealed in entry.seal.message.contributors] if entry.seal else [],
         "metrics": dict(manifest.metrics),

@@ -16,9 +16,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 coordinator_app = typer.Typer(help="Launch a run: admit peers, time the rounds, sign the versions.")
+run_key_app = typer.Typer(help="The key, kept offline, that can give a run another coordinator.")
 peer_app = typer.Typer(help="Take part in a run with this machine.")
 app.add_typer(coordinator_app, name="coordinator", no_args_is_help=True)
 app.add_typer(peer_app, name="peer", no_args_is_help=True)
+app.add_typer(run_key_app, name="run-key", no_args_is_help=True)
 
 Home = Annotated[Path | None, typer.Option(help="Folder of its own; runs/<run id>/<role> in the state folder if not.")]
 Host = Annotated[str | None, typer.Option(help="Address to listen on; all of this machine's if left out.")]
@@ -62,6 +64,40 @@ def run_coordinator(
     launch(config, flags, new=new, as_json=as_json, verbose=verbose)
 
 
+@coordinator_app.command("succeed")
+def succeed_coordinator(
+    home: Annotated[Path, typer.Argument(help="The coordinator's home; it must not run.")],
+    succession: Annotated[str | None, typer.Option(help="What `hivegrpo run-key sign` printed.")] = None,
+) -> None:
+    """Give a run another coordinator key: print what the run key has to sign; then, with --succession, take it over."""
+    from hivegrpo.cli.succeed import succeed
+
+    succeed(home, succession)
+
+
+@run_key_app.command("create")
+def create_run_key(file: Annotated[Path, typer.Argument(help="Where to write the key.")]) -> None:
+    """Make a run key, and print the line for [run] in run.toml."""
+    from hivegrpo.cli.run_key import create
+
+    create(file)
+
+
+@run_key_app.command("sign")
+def sign_succession(
+    file: Annotated[Path, typer.Argument(help="The run key.")],
+    run_id: Annotated[str, typer.Option("--run", help="The run's id.")],
+    number: Annotated[int, typer.Option(min=1, help="Of the succession, from 1.")],
+    coordinator: Annotated[str, typer.Option(help="The new coordinator's peer id.")],
+    first: Annotated[int, typer.Option(min=0, help="The first version that it signs.")],
+    parent: Annotated[str, typer.Option(help="Digest of the version before that.")],
+) -> None:
+    """Name a run's next coordinator: `hivegrpo coordinator succeed HOME` prints this command, filled in."""
+    from hivegrpo.cli.run_key import sign_succession as write
+
+    write(file, run_id=run_id, number=number, coordinator=coordinator, first=first, parent=parent)
+
+
 @peer_app.command("run")
 def run_peer(
     address: Annotated[str, typer.Argument(help="The run's address, as its coordinator printed it.")],
@@ -72,6 +108,7 @@ def run_peer(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of torch; cores / peers here if left out.")] = None,
     upload_mbit: Annotated[float | None, typer.Option(help="Most to send, in Mbit/s; no cap if left out.")] = None,
+    run_id: Annotated[str | None, typer.Option("--run", help="The run's id: nothing but this run will do.")] = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -79,7 +116,7 @@ def run_peer(
     from hivegrpo.cli.launch_peer import launch
 
     flags = {"home": home, "host": host, "port": port, "dht": dht, "device": device, "threads": threads}
-    launch(address, {**flags, "upload_mbit": upload_mbit}, as_json=as_json, verbose=verbose)
+    launch(address, {**flags, "upload_mbit": upload_mbit}, run_id=run_id, as_json=as_json, verbose=verbose)
 
 
 @app.command()

@@ -56,6 +56,7 @@ def prepare_run(config: RunConfig, identity: Identity, store: BlobStore) -> pb.S
         rows=len(sets[0]),
         layout=[pb.Tensor(name=name, shape=shape) for name, shape in layout],
         rewards=reward_versions(rewards),
+        run_key=config.run.key or "",
     )
     if config.evaluation is not None and held_out is not None:
         manifest.digests["evaluation"] = rows_digest(held_out)

@@ -4,7 +4,7 @@ from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.checks import check_addresses
 from hivegrpo.protocol.config import AdmissionSection
-from hivegrpo.protocol.envelope import PROTOCOL, open_signed
+from hivegrpo.protocol.envelope import PROTOCOL
 from hivegrpo.protocol.errors import ChainError, FrameError
 
 MAX_AGENT = 100
@@ -31,15 +31,15 @@ def refusal(join: pb.Join, peer: str, run: pb.RunManifest, admission: AdmissionS
 def check_head(chain: Chain, presented: pb.Signed) -> None:
     """Compare a head that a peer once verified with our own chain.
 
-    SignatureError if it does not carry our signature. ChainError if it is newer than ours, or another one at its
-    height: going on would fork the chain.
+    SignatureError if it does not carry our signature, or that of a coordinator before us on a version of its time.
+    ChainError if it is newer than ours, or another one at its height: going on would fork the chain.
     """
-    head = open_signed(presented, chain.run_id, pb.VersionManifest, signer=chain.coordinator)
+    head = chain.open_version(presented)
     version = head.message.version
     if version <= chain.height and chain.entries[version].manifest.digest == head.digest:
         return
     raise ChainError(
         f"A peer holds version {version} ({head.digest.hex()[:16]}) under this coordinator's signature, but the chain "
         f"here ends at version {chain.height} without it: this home is older than the run, and going on would fork it.",
-        "Start the coordinator from the newer home folder (restore it), or start a new run.",
+        "Start the coordinator from the newer home folder (restore it), or start a new run: see docs/operations.md.",
     )

@@ -53,6 +53,7 @@ class Bench:
         judge: JudgeProof | None,
         *,
         run: pb.Signed,
+        successions: Sequence[pb.Signed] = (),
         state: Callable[[], State],
         ban: Callable[[str, str, BlobRef], None],
         sign_plan: Callable[[bytes], pb.Signed],
@@ -63,6 +64,7 @@ class Bench:
         self._folder = folder
         self._judge = judge
         self._run = run
+        self._successions = successions
         self._run_id = run_id_of(run.payload)
         self._state = state
         self._ban = ban
@@ -108,7 +110,12 @@ class Bench:
             assert attempt is not None
             for reducer, span, receipts in two_receipts(attempt, report, self._run_id):
                 if reducer not in state.banned and all(reducer != ban.peer for ban in bans):
-                    proof = pb.FaultProof(run=self._run, plan=self._sign_plan(attempt.payload), two_receipts=receipts)
+                    proof = pb.FaultProof(
+                        run=self._run,
+                        successions=self._successions,
+                        plan=self._sign_plan(attempt.payload),
+                        two_receipts=receipts,
+                    )
                     ref = self._blobs.add_bytes(proof.SerializeToString(deterministic=True))
                     place = f"span {span} of version {report.version}, attempt {attempt.plan.attempt}"
                     bans.append(ev.PeerBanned(now, reducer, f"signed two contents of {place}", ref.root, ref.size))

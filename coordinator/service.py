@@ -25,6 +25,7 @@ from hivegrpo.coordinator.log import DAMAGED_HINT, EventLog
 from hivegrpo.coordinator.prober import Prober
 from hivegrpo.coordinator.pushes import Push, current_for, finished_push, push_of, state_holders
 from hivegrpo.coordinator.reports import judge, open_heartbeat
+from hivegrpo.coordinator.secret import audit_secret, keep_audit_secret
 from hivegrpo.coordinator.state import Phase, State, Terms
 from hivegrpo.coordinator.status import Pulse, snapshot
 from hivegrpo.protocol import hivegrpo_pb2 as pb
@@ -34,7 +35,7 @@ from hivegrpo.protocol.blobstream import BlobServer
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.chainstream import serve_chain
 from hivegrpo.protocol.config import RunConfig
-from hivegrpo.protocol.envelope import digest_of, open_signed, parse, run_id_of, sign_payload
+from hivegrpo.protocol.envelope import open_signed, parse, run_id_of, sign_payload
 from hivegrpo.protocol.errors import ChainError, RemoteError, WireError
 from hivegrpo.protocol.holders import HolderBook
 from hivegrpo.protocol.identity import Identity
@@ -76,13 +77,15 @@ class Coordinator:
         `judge_proof` says who is guilty by a proof of fault, and why, or raises WireError; without it nobody is banned.
         """
         self.run_id = run_id_of(run.payload)
-        self.state = State(Terms.of(run, config, digest_of(identity.sign(b"hivegrpo audits"))))
+        self._manifest = parse(pb.RunManifest, run.payload)
+        if self._manifest.run_key:
+            keep_audit_secret(home, identity)
+        self.state = State(Terms.of(run, config, audit_secret(home, identity)))
         self.chain = ChainFile.create(home, run, identity.peer_id)
         self._identity = identity
         self._transport = transport
         self._log = log
         self._journal = Journal(log, self._stop_for)
-        self._manifest = parse(pb.RunManifest, run.payload)
         self._config = config
         self._blobs = blobs
         self._clock = clock
@@ -101,6 +104,7 @@ class Coordinator:
             home / "proofs",
             judge_proof,
             run=run,
+            successions=self.chain.chain.successions,
             state=lambda: self.state,
             ban=self._ban,
             sign_plan=lambda payload: self._sign("RoundPlan", payload),
@@ -363,6 +367,11 @@ class Coordinator:
         self._followers.push(push.peers, self._sign(push.type, push.payload).SerializeToString())
 
     def _sign(self, type_name: str, payload: bytes) -> pb.Signed:
+        """Sign, but for what is in the chain's head, which an earlier coordinator may have signed."""
+        head = self.chain.chain.head
+        for part in (head.manifest, head.plan, head.seal) if head is not None else ():
+            if part is not None and part.signed.type == type_name and part.signed.payload == payload:
+                return part.signed
         return sign_payload(self._identity, self.run_id, type_name, payload)
 
 

@@ -32,11 +32,11 @@ from hivegrpo.protocol.address import parse_address
 from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.chainfile import ChainFile
-from hivegrpo.protocol.chainstream import fetch_run, serve_chain
+from hivegrpo.protocol.chainstream import find_chain, serve_chain
 from hivegrpo.protocol.checks import MAX_ADDRESSES
 from hivegrpo.protocol.config import PeerConfig, RunConfig
 from hivegrpo.protocol.envelope import PROTOCOL
-from hivegrpo.protocol.errors import HiveError, MismatchError, UnreachableError, WireError
+from hivegrpo.protocol.errors import ChainError, HiveError, MismatchError, UnreachableError, WireError
 from hivegrpo.protocol.files import remove_temporaries
 from hivegrpo.protocol.history import History
 from hivegrpo.protocol.homes import locked_home
@@ -55,9 +55,15 @@ MakeTransport = Callable[[Identity, Path, PeerConfig, str], Awaitable[Transport]
 
 
 async def run_peer(
-    address: str, settings: PeerConfig, stop: asyncio.Event, show: Show, *, make_transport: MakeTransport
+    address: str,
+    settings: PeerConfig,
+    stop: asyncio.Event,
+    show: Show,
+    *,
+    make_transport: MakeTransport,
+    run_id: str | None = None,
 ) -> None:
-    """Join the run at `address` and work until it is finished or `stop` is set.
+    """Join the run at `address` and work until it is finished or `stop` is set. ChainError if it is not run `run_id`.
 
     `show` is given status dicts. HiveErrors say what the user can do; the network's mistakes never end the daemon.
     """
@@ -69,8 +75,10 @@ async def run_peer(
         transport = await make_transport(identity, key, settings, address)
         stack.push_async_callback(transport.close)
         run = await _find_run(transport, address, coordinator)
+        if run_id not in (None, run.run_id):
+            raise ChainError(f"At {address} is run {run.run_id}, not {run_id}.", "Ask for the run's address.")
         home = PeerHome.of_run(run.run_id, settings.home)
-        chainfile = ChainFile.create(home.root, run.run, coordinator)
+        chainfile = ChainFile.create(home.root, run.run, coordinator, run.successions)
         chain = chainfile.chain
         config = _read_config(chain)
         show({"kind": "joining", "run_id": chain.run_id, "peer": identity.peer_id, "home": str(home.root)})
@@ -148,7 +156,7 @@ async def work_in_run(
         codec = get_codec(config.averaging.codec)
         keep = config.distribution.keep_versions
         with closing(History(home.history)) as history:
-            accuser = Accuser(home.faults, store, session, history, chain.run_id)
+            accuser = Accuser(home.faults, store, session, history, chain)
             volunteer = Volunteer(
                 config=config,
                 identity=identity,
@@ -190,7 +198,7 @@ async def _find_run(transport: Transport, address: str, coordinator: str) -> Cha
     """The run at an address, verified against the peer id in it; UnreachableError or ChainError."""
     await transport.connect([address])
     try:
-        return Chain(await fetch_run(transport, coordinator), coordinator)
+        return await find_chain(transport, coordinator)
     except WireError as error:
         raise UnreachableError(
             f"{address} answers, but serves no run: {error}.",

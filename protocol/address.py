@@ -1,4 +1,4 @@
-"""Addresses that people paste: /ip4/203.0.113.7/tcp/4001/p2p/12D3KooW..."""
+"""What people paste: run ids, and addresses like /ip4/203.0.113.7/tcp/4001/p2p/12D3KooW..."""
 
 import ipaddress
 import re
@@ -31,6 +31,12 @@ def parse_address(text: str) -> tuple[str, str]:
     except SignatureError as error:
         raise _wrong(text, error.message) from None
     return peer_id, f"/{kind}/{host}/tcp/{port}"
+
+
+def check_run_id(text: str | None) -> None:
+    """ConfigError unless it is a whole run id, or none."""
+    if text is not None and not re.fullmatch("[0-9a-f]{64}", text):
+        raise ConfigError(f"{text[:80]!r} is not a run id.", "It has 64 hexadecimal digits; `hivegrpo watch` shows it.")
 
 
 def _is_host(kind: str, host: str) -> bool:

@@ -1,8 +1,10 @@
 """The chain of policy versions: every manifest names its parent's digest, the coordinator signs each.
 
-Verification needs nothing but the coordinator's peer id, which is part of the run's address.
+Verification needs nothing but the coordinator's peer id, which is part of the run's address. A run may have a key that
+is kept offline, and that alone can name another coordinator (succession.py).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -20,6 +22,7 @@ from hivegrpo.protocol.errors import (
     SignatureError,
     WireError,
 )
+from hivegrpo.protocol.succession import SUCCESSION_HINT, Line
 
 MAX_ENTRY_BYTES = 1 << 20
 
@@ -44,19 +47,78 @@ class Entry:
 class Chain:
     """A verified prefix of a run's chain, growing at its head. It never changes what it holds."""
 
-    def __init__(self, run: pb.Signed, coordinator: str | None = None) -> None:
-        """ChainError unless `run` is a manifest that `coordinator` signed.
+    def __init__(self, run: pb.Signed, coordinator: str | None = None, successions: Sequence[pb.Signed] = ()) -> None:
+        """ChainError unless `run` and its `successions` verify, and make `coordinator` the current one.
 
-        Without `coordinator`, whoever the manifest names: for a caller that knows the run id.
+        Without `coordinator`, whoever they name: for a caller that knows the run id.
         """
         try:
-            coordinator = coordinator or parse(pb.RunManifest, run.payload).coordinator
-            self.manifest: Opened[pb.RunManifest] = open_run(run, coordinator)
+            self.manifest: Opened[pb.RunManifest] = open_run(run, parse(pb.RunManifest, run.payload).coordinator)
         except WireError as error:
             raise _refusal("The run manifest", error) from error
         self.run_id = run_id_of(run.payload)
-        self.coordinator = coordinator
         self.entries: list[Entry] = []
+        self._line = Line(self.run_id, self.manifest.message)
+        self.succeed(successions)
+        if coordinator is not None:
+            self.check_coordinator(coordinator)
+
+    @property
+    def coordinator(self) -> str:
+        """The peer that signs what is to come."""
+        return self._line.current
+
+    @property
+    def successions(self) -> list[pb.Signed]:
+        """What the run key signed, in order."""
+        return [succession.signed for succession in self._line.successions]
+
+    def succeed(self, successions: Sequence[pb.Signed]) -> int:
+        """Verify those of `successions` that are not known yet, and take all of them; how many.
+
+        ChainError, and none is taken, if one does not verify or contradicts the versions here.
+        """
+        known = self._line.successions
+        before = len(known)
+        try:
+            for signed in successions:
+                succession = self._line.open(signed)
+                if succession is not None:
+                    known.append(succession)
+            for succession in known[before:]:
+                if self._line.naming(succession.message.first) is succession:
+                    self._check_place(succession.message)
+        except ChainError:
+            del known[before:]
+            raise
+        return len(known) - before
+
+    def check_coordinator(self, peer: str) -> None:
+        """ReplayError if `peer` is the coordinator no more, ForgedError if it never was."""
+        if peer == self.coordinator:
+            return
+        if self._line.coordinated(peer):
+            raise ReplayError(
+                f"{peer} coordinates this run no more: the run key named {self.coordinator} in its place.",
+                "Ask whoever launched the run for its new address.",
+            )
+        raise ForgedError(
+            f"The run manifest does not verify: it is signed by {self.manifest.signer!r}, not by {peer}.",
+            WRONG_CHAIN_HINT,
+        )
+
+    def open_version(self, signed: pb.Signed) -> Opened[pb.VersionManifest]:
+        """Verify a version by itself; WireError unless whoever may sign a version of its number did."""
+        signer = signed.signer if self._line.coordinated(signed.signer) else self.coordinator
+        opened = open_signed(signed, self.run_id, pb.VersionManifest, signer=signer)
+        expected = self._line.signer_of(opened.message.version)
+        if signer != expected:
+            raise SignatureError(f"version {opened.message.version} is signed by {signer}, not by {expected}")
+        return opened
+
+    def signer_of(self, version: int) -> str:
+        """The peer that signs a version, its plan and its seal."""
+        return self._line.signer_of(version)
 
     @property
     def run(self) -> pb.Signed:
@@ -93,7 +155,7 @@ class Chain:
         """
         assert self.head is not None
         try:
-            manifest = self._signed(message.manifest, pb.VersionManifest)
+            manifest = self.open_version(message.manifest)
         except WireError as error:
             raise _refusal(f"Version {self.height}", error) from error
         if manifest.message.version != self.height:
@@ -105,14 +167,17 @@ class Chain:
             )
 
     def _open(self, message: pb.ChainEntry) -> Entry:
-        manifest = self._signed(message.manifest, pb.VersionManifest)
+        manifest = self.open_version(message.manifest)
         check_manifest(manifest.message)
         version = self.height + 1
         if manifest.message.version != version:
             raise self._misplaced(manifest)
-        parent = self.head.manifest.digest if self.head else self.manifest.digest
+        parent = self._digest_before(version)
         if manifest.message.parent != parent:
             raise ForkError(f"Version {version} does not continue the chain: its parent differs.", WRONG_CHAIN_HINT)
+        named = self._line.naming(version)
+        if named is not None and named.message.first == version and named.message.parent != parent:
+            raise ForkError(f"The run key lets version {version} continue another history.", SUCCESSION_HINT)
         before = self.head.manifest.message.reference_version if self.head else 0
         if manifest.message.reference_version not in (before, version):
             raise ChainError(f"Version {version} goes back to an older reference version.", WRONG_CHAIN_HINT)
@@ -141,7 +206,23 @@ class Chain:
         return ForkError(f"{text}, another one than was verified before.", WRONG_CHAIN_HINT)
 
     def _signed(self, envelope: pb.Signed, kind: type[M]) -> Opened[M]:
-        return open_signed(envelope, self.run_id, kind, signer=self.coordinator)
+        return open_signed(envelope, self.run_id, kind, signer=self._line.signer_of(self.height + 1))
+
+    def _digest_before(self, version: int) -> bytes:
+        """What a version up to the next one has for a parent."""
+        return self.entries[version - 1].manifest.digest if version else self.manifest.digest
+
+    def _check_place(self, succession: pb.Succession) -> None:
+        """ForkError if the versions here go on otherwise than the run key says."""
+        first = succession.first
+        if first <= self.height:
+            raise ForkError(
+                f"The run key names another coordinator from version {first} on, and version {self.height} is here "
+                "under the signature of the one before.",
+                "Move this home's chain.bin away, so that the chain is fetched anew.",
+            )
+        if first == self.height + 1 and succession.parent != self._digest_before(first):
+            raise ForkError(f"The run key lets version {first} continue another history than here.", SUCCESSION_HINT)
 
 
 def _refusal(what: str, error: WireError) -> ChainError:

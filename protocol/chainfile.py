@@ -4,6 +4,7 @@ Every home that follows a run has both, so inference and late joins read a coord
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from hivegrpo.protocol import hivegrpo_pb2 as pb
@@ -13,6 +14,7 @@ from hivegrpo.protocol.errors import ChainError, ConfigError, FrameError
 from hivegrpo.protocol.files import sync_folder, write_whole
 
 RUN_FILE = "run.manifest"
+SUCCESSIONS_FILE = "successions"
 ENTRIES_FILE = "chain.bin"
 
 
@@ -26,37 +28,54 @@ class ChainFile:
         self._taken: list[bytes] = []
 
     @classmethod
-    def create(cls, home: Path, run: pb.Signed, coordinator: str) -> "ChainFile":
-        """Open the home's chain, or begin it with `run`. ChainError if the home follows another run."""
+    def create(
+        cls, home: Path, run: pb.Signed, coordinator: str | None, successions: Sequence[pb.Signed] = ()
+    ) -> "ChainFile":
+        """Open the home's chain, or begin it with `run`; take the `successions` that it lacks.
+
+        ChainError if the home follows another run, or if `coordinator` is not the current one then.
+        """
         if (home / RUN_FILE).is_file():
-            opened = cls.open(home, coordinator)
+            opened = cls.open(home)
             opened._repair()
             if opened.chain.run.payload != run.payload:
                 raise ChainError(
                     f"The home {home} belongs to run {opened.chain.run_id[:16]}, not to this one.",
                     "Use another --home for this run.",
                 )
+            opened.succeed(successions)
+            if coordinator is not None:
+                opened.chain.check_coordinator(coordinator)
             return opened
-        chain = Chain(run, coordinator)
+        created = cls(home, Chain(run, coordinator, successions))
+        created._keep_successions()
         write_whole(home / RUN_FILE, run.SerializeToString())
-        return cls(home, chain)
+        return created
 
     @classmethod
     def open(cls, home: Path, coordinator: str | None = None) -> "ChainFile":
         """Read and verify a home's chain, of which the owner may be writing the next entry just now.
 
-        `coordinator` defaults to the one that the stored manifest names. ConfigError if there is no run in the home.
+        `coordinator`, where given, has to be the current one. ConfigError if there is no run in the home.
         """
         path = home / RUN_FILE
         if not path.is_file():
             raise ConfigError(
                 f"There is no run in {home}.", "Name a run's folder or the home of a coordinator or peer."
             )
-        run = parse(pb.Signed, path.read_bytes())
-        chain = Chain(run, coordinator or parse(pb.RunManifest, run.payload).coordinator)
-        opened = cls(home, chain)
+        opened = cls(home, Chain(parse(pb.Signed, path.read_bytes()), coordinator, _read_successions(home)))
         opened._load()
         return opened
+
+    def succeed(self, successions: Sequence[pb.Signed]) -> None:
+        """Verify and keep those of `successions` that are not here yet. ChainError if one does not verify."""
+        if self.chain.succeed(successions):
+            self._keep_successions()
+
+    def _keep_successions(self) -> None:
+        if self.chain.successions:
+            kept = pb.ChainHeader(successions=self.chain.successions)
+            write_whole(self._path.parent / SUCCESSIONS_FILE, kept.SerializeToString())
 
     def append(self, message: pb.ChainEntry) -> Entry:
         """Verify the next entry, then write it."""
@@ -106,6 +125,11 @@ class ChainFile:
         """Remove an entry that a crash cut short. Only the home's owner may."""
         if self._path.is_file() and self._path.stat().st_size > self._whole:
             os.truncate(self._path, self._whole)
+
+
+def _read_successions(home: Path) -> Sequence[pb.Signed]:
+    path = home / SUCCESSIONS_FILE
+    return parse(pb.ChainHeader, path.read_bytes()).successions if path.is_file() else ()
 
 
 DAMAGED_HINT = "Move the file away: a peer then fetches the chain anew, a coordinator writes it anew from its log."

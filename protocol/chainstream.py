@@ -3,13 +3,15 @@
 Coordinator and peers serve it alike; the reader verifies every entry, so it does not matter who answers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.chain import MAX_ENTRY_BYTES, Chain, Entry
+from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.envelope import parse
 from hivegrpo.protocol.errors import ChainError, FrameError, RemoteError, ReplayError
+from hivegrpo.protocol.succession import check_count
 from hivegrpo.protocol.transport.base import Dials, Stream, Transport
 
 CHAIN = "chain"
@@ -27,6 +29,10 @@ class ChainSource(Protocol):
         """The signed run manifest."""
 
     @property
+    def successions(self) -> Sequence[pb.Signed]:
+        """Who coordinates the run in the place of whom the manifest names, if the run key said so."""
+
+    @property
     def height(self) -> int:
         """Version of the head; -1 before version 0."""
 
@@ -40,7 +46,9 @@ async def serve_chain(transport: Transport, source: ChainSource) -> None:
     async def handle(stream: Stream) -> None:
         request = parse(pb.ChainRequest, await stream.receive(64))
         versions = range(request.first, min(request.first + MAX_ENTRIES, source.height + 1))
-        header = pb.ChainHeader(run=source.run, first=request.first, count=len(versions))
+        header = pb.ChainHeader(
+            run=source.run, first=request.first, count=len(versions), successions=source.successions
+        )
         await stream.send(header.SerializeToString())
         for version in versions:
             await stream.send(source.entry(version).SerializeToString())
@@ -50,21 +58,17 @@ async def serve_chain(transport: Transport, source: ChainSource) -> None:
 
 async def fetch_run(transport: Dials, holder: str) -> pb.Signed:
     """The signed run manifest that `holder` serves, unverified; give it to `Chain`."""
-    async with await transport.open_stream(holder, CHAIN) as stream:
-        header = await _ask(stream, first=BEYOND)
-        return header.run
+    return (await _fetch_header(transport, holder)).run
 
 
 async def find_chain(transport: Dials, holder: str, run_id: str | None = None) -> Chain:
-    """The run that `holder` serves, of which nothing but the manifest is verified yet.
+    """The run that `holder` serves, with no version yet.
 
     ChainError unless `holder` coordinates it or, where a run id is given, it is that run: then anybody may serve it.
     """
-    run = await fetch_run(transport, holder)
-    if run_id is None:
-        return Chain(run, holder)
-    chain = Chain(run)
-    if chain.run_id != run_id:
+    header = await _fetch_header(transport, holder)
+    chain = Chain(header.run, holder if run_id is None else None, header.successions)
+    if run_id is not None and chain.run_id != run_id:
         raise _another_run(holder)
     return chain
 
@@ -74,7 +78,8 @@ async def extend_chain(
 ) -> int:
     """Fetch and verify what `holder` has beyond `chain`'s head; how many versions were added.
 
-    `append` adds an entry to `chain`, by default `chain.append`; a home gives the one that also writes it.
+    `append` adds an entry to `chain`, by default `chain.append`; a home gives the one that also writes it. Successions
+    that `chain` does not know are not taken: who works in a run does so under one coordinator.
 
     ChainError for an entry that does not verify or for another run; WireError when the holder fails.
     """
@@ -84,29 +89,29 @@ async def extend_chain(
     return chain.height - start
 
 
-async def follow_chain(
-    transport: Dials, holder: str, chain: Chain, append: Callable[[pb.ChainEntry], Entry] | None = None
-) -> int:
-    """Like `extend_chain`, from a holder that has to have `chain`'s head: it is asked for it, and compared.
+async def follow_chain(transport: Dials, holder: str, file: ChainFile) -> int:
+    """Like `extend_chain`, from a holder that has to have the chain's head: it is asked for it, and compared.
 
-    ForkError if it has another one in its place. If its chain ends before: ReplayError if it is the coordinator, whose
-    chain only grows, RemoteError if it is somebody who may have yet to hear of the newest version.
+    Successions are taken, too. The caller flushes `file`.
+
+    ForkError if it has another version in the head's place. If its chain ends before: ReplayError if it is the
+    coordinator, whose chain only grows, RemoteError if it is somebody who may have yet to hear of the newest version.
     """
+    chain = file.chain
     start = chain.height
     compared = False
 
     def take(message: pb.ChainEntry) -> None:
         nonlocal compared
         if compared:
-            (append or chain.append)(message)
+            file.take(message)
         else:
             chain.check_head(message)
             compared = True
 
     while True:
         compared = chain.height < 0
-        asked = max(chain.height, 0)
-        count = await _fetch(transport, holder, chain, take, asked)
+        count = await _fetch(transport, holder, chain, take, max(chain.height, 0), file.succeed)
         if not compared:
             text = f"The chain of {holder} ends before version {chain.height}, which was verified earlier"
             if holder == chain.coordinator:
@@ -116,14 +121,26 @@ async def follow_chain(
             return chain.height - start
 
 
+async def _fetch_header(transport: Dials, holder: str) -> pb.ChainHeader:
+    async with await transport.open_stream(holder, CHAIN) as stream:
+        return await _ask(stream, first=BEYOND)
+
+
 async def _fetch(
-    transport: Dials, holder: str, chain: Chain, take: Callable[[pb.ChainEntry], object], first: int
+    transport: Dials,
+    holder: str,
+    chain: Chain,
+    take: Callable[[pb.ChainEntry], object],
+    first: int,
+    succeed: Callable[[Sequence[pb.Signed]], None] | None = None,
 ) -> int:
-    """Have `take` one answer's entries from version `first` on; how many there were."""
+    """Have `take` one answer's entries from version `first` on, after `succeed` has its successions; how many."""
     async with await transport.open_stream(holder, CHAIN) as stream:
         header = await _ask(stream, first)
         if header.run.payload != chain.run.payload:
             raise _another_run(holder)
+        if succeed is not None:
+            succeed(header.successions)
         for _ in range(header.count):
             take(parse(pb.ChainEntry, await stream.receive(MAX_ENTRY_BYTES)))
     return header.count
@@ -138,6 +155,7 @@ async def _ask(stream: Stream, first: int) -> pb.ChainHeader:
     header = parse(pb.ChainHeader, await stream.receive(MAX_ENTRY_BYTES))
     if header.count > MAX_ENTRIES or header.first != first:
         raise FrameError(f"a chain header with {header.count} entries from {header.first}")
+    check_count(header.successions)
     return header
 
 

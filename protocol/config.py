@@ -12,7 +12,8 @@ from platformdirs import user_config_path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
-from hivegrpo.protocol.errors import ConfigError, MismatchError
+from hivegrpo.protocol.errors import ConfigError, MismatchError, SignatureError
+from hivegrpo.protocol.identity import public_key_of
 from hivegrpo.protocol.strict import explain, read_toml
 
 
@@ -31,6 +32,18 @@ class RunSection(Section):
     """Policy versions to train."""
     start_peers: int = Field(default=1, ge=1, le=4096)
     """Peers that must be there before version 0 is agreed and work starts."""
+    key: str | None = None
+    """Peer id of the run key, which alone can name another coordinator: `hivegrpo run-key create` makes one."""
+
+    @field_validator("key")
+    @classmethod
+    def _is_peer_id(cls, key: str | None) -> str | None:
+        if key is not None:
+            try:
+                public_key_of(key)
+            except SignatureError as error:
+                raise ValueError(error.message) from None
+        return key
 
 
 class ModelSection(Section):

@@ -224,6 +224,7 @@ class RunManifest(_message.Message):
     ROWS_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
     REWARDS_FIELD_NUMBER: _builtins.int
+    RUN_KEY_FIELD_NUMBER: _builtins.int
     protocol: _builtins.str
     """"hivegrpo/1" """
     coordinator: _builtins.str
@@ -234,6 +235,8 @@ class RunManifest(_message.Message):
     """16 bytes: two runs of one config differ"""
     rows: _builtins.int
     """prompts in the dataset"""
+    run_key: _builtins.str
+    """peer id of the key, kept offline, that may name another coordinator; or none"""
     @_builtins.property
     def model(self) -> _containers.RepeatedCompositeFieldContainer[Global___File]:
         """files of a local base; none when it comes from a hub"""
@@ -272,14 +275,49 @@ class RunManifest(_message.Message):
         rows: _builtins.int = ...,
         layout: _abc.Iterable[Global___Tensor] | None = ...,
         rewards: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        run_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "evaluation", b"evaluation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "coordinator", b"coordinator", "dataset", b"dataset", "digests", b"digests", "evaluation", b"evaluation", "layout", b"layout", "model", b"model", "nonce", b"nonce", "protocol", b"protocol", "rewards", b"rewards", "rows", b"rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "coordinator", b"coordinator", "dataset", b"dataset", "digests", b"digests", "evaluation", b"evaluation", "layout", b"layout", "model", b"model", "nonce", b"nonce", "protocol", b"protocol", "rewards", b"rewards", "rows", b"rows", "run_key", b"run_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunManifest: _TypeAlias = RunManifest  # noqa: Y015
+
+@_typing.final
+class Succession(_message.Message):
+    """in Signed, by the run key: another coordinator signs from here on"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    COORDINATOR_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    PARENT_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """from 1, without a gap"""
+    coordinator: _builtins.str
+    """peer"""
+    first: _builtins.int
+    """first version that it signs; no earlier one's signature counts from there on"""
+    parent: _builtins.bytes
+    """digest of the manifest of version first - 1; of the RunManifest for version 0"""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        coordinator: _builtins.str = ...,
+        first: _builtins.int = ...,
+        parent: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "first", b"first", "number", b"number", "parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Succession: _TypeAlias = Succession  # noqa: Y015
 
 @_typing.final
 class ChainRequest(_message.Message):
@@ -302,25 +340,33 @@ Global___ChainRequest: _TypeAlias = ChainRequest  # noqa: Y015
 
 @_typing.final
 class ChainHeader(_message.Message):
+    """the answer; `count` ChainEntry follow"""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     RUN_FIELD_NUMBER: _builtins.int
     FIRST_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
+    SUCCESSIONS_FIELD_NUMBER: _builtins.int
     first: _builtins.int
     count: _builtins.int
     @_builtins.property
     def run(self) -> Global___Signed: ...
+    @_builtins.property
+    def successions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Signed]:
+        """all, in order"""
+
     def __init__(
         self,
         *,
         run: Global___Signed | None = ...,
         first: _builtins.int = ...,
         count: _builtins.int = ...,
+        successions: _abc.Iterable[Global___Signed] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "first", b"first", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "first", b"first", "run", b"run", "successions", b"successions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1211,6 +1257,7 @@ class FaultProof(_message.Message):
     TWO_RECEIPTS_FIELD_NUMBER: _builtins.int
     WRONG_PUSH_FIELD_NUMBER: _builtins.int
     WRONG_CHUNK_FIELD_NUMBER: _builtins.int
+    SUCCESSIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def run(self) -> Global___Signed: ...
     @_builtins.property
@@ -1227,6 +1274,10 @@ class FaultProof(_message.Message):
     def wrong_push(self) -> Global___WrongPush: ...
     @_builtins.property
     def wrong_chunk(self) -> Global___WrongChunk: ...
+    @_builtins.property
+    def successions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Signed]:
+        """of the run, as in ChainHeader: who signed the plan"""
+
     def __init__(
         self,
         *,
@@ -1237,10 +1288,11 @@ class FaultProof(_message.Message):
         two_receipts: Global___TwoReceipts | None = ...,
         wrong_push: Global___WrongPush | None = ...,
         wrong_chunk: Global___WrongChunk | None = ...,
+        successions: _abc.Iterable[Global___Signed] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fault", b"fault", "plan", b"plan", "run", b"run", "seal", b"seal", "two_receipts", b"two_receipts", "wrong_chunk", b"wrong_chunk", "wrong_push", b"wrong_push", "wrong_span", b"wrong_span"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fault", b"fault", "plan", b"plan", "run", b"run", "seal", b"seal", "two_receipts", b"two_receipts", "wrong_chunk", b"wrong_chunk", "wrong_push", b"wrong_push", "wrong_span", b"wrong_span"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fault", b"fault", "plan", b"plan", "run", b"run", "seal", b"seal", "successions", b"successions", "two_receipts", b"two_receipts", "wrong_chunk", b"wrong_chunk", "wrong_push", b"wrong_push", "wrong_span", b"wrong_span"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_fault: _TypeAlias = _typing.Literal["wrong_span", "two_receipts", "wrong_push", "wrong_chunk"]  # noqa: Y015
     _WhichOneofArgType_fault: _TypeAlias = _typing.Literal["fault", b"fault"]  # noqa: Y015

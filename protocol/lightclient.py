@@ -99,7 +99,7 @@ class LightClient:
         if self._file is None:
             self._file = self._open(await find_chain(self._transport, holder, self._run_id))
         try:
-            await follow_chain(self._transport, holder, self.chain, self._file.take)
+            await follow_chain(self._transport, holder, self._file)
         finally:
             self._file.flush()
             if self.chain.height != told:
@@ -107,7 +107,8 @@ class LightClient:
 
     def _open(self, found: Chain) -> ChainFile:
         home = self._stack.enter_context(locked_home(self._home or watch_folder(found.run_id)))
-        return ChainFile.create(home, found.run, found.coordinator)
+        pinned = found.coordinator if self._run_id is None else None
+        return ChainFile.create(home, found.run, pinned, found.successions)
 
 
 def planned_versions(chain: Chain) -> int | None:

@@ -51,7 +51,8 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 def test_the_commands_are_those_of_the_manual() -> None:
     assert {" ".join(path) for path in EVERY} == {
-        "", "coordinator", "coordinator run", "peer", "peer run", "solo", "demo", "chat", "export", "check",
+        "", "coordinator", "coordinator run", "coordinator succeed", "peer", "peer run", "run-key", "run-key create",
+        "run-key sign", "solo", "demo", "chat", "export", "check",
         "verify-span", "watch"
     }  # fmt: skip
 

@@ -91,6 +91,7 @@ def test_a_minimal_run_has_trl_s_defaults_and_paths_beside_the_file(tmp_path: Pa
         (MINIMAL + '[admission]\npeers = ["12D3KooW"]', r'\[admission\]: mode "allow_list" needs peers'),
         (MINIMAL + "[distribution]\nkeep_versions = 5", r"reach back to an anchor"),
         (MINIMAL.replace("versions = 3", ""), r"\[run\] versions: Field required"),
+        (MINIMAL.replace("versions = 3", 'versions = 3\nkey = "12D3"'), r"\[run\] key: .*a peer id has 52 characters"),
         (MINIMAL.replace('path = "starter"', 'name = "org/model"'), r"\[model\]: a hub name needs a revision"),
         (MINIMAL.replace('path = "starter"', ""), r"\[model\]: give exactly one of path and name"),
         (MINIMAL.replace("train.jsonl", "train.txt"), r"train\.txt must be a \.jsonl, \.parquet or \.csv file"),

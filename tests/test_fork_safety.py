@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import threading
 import time
 from collections import Counter
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 from support.chains import ChainMaker
 from support.machine import Machine
+from support.runs import IntegerLearner, signed_run, small_config
 from support.scripted import Node, ScriptedPeer, is_version, run
+from support.swarm import Swarm
 
 from hivegrpo.coordinator.events import Event, PlanMade
 from hivegrpo.coordinator.log import LOG_FILE, EventLog
@@ -25,7 +28,7 @@ from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.chainfile import ENTRIES_FILE, ChainFile
 from hivegrpo.protocol.envelope import parse
-from hivegrpo.protocol.errors import FrameError
+from hivegrpo.protocol.errors import ChainError, FrameError
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.transport.base import MAX_CALL_BYTES, Stream
 from hivegrpo.protocol.transport.frames import FramedStream
@@ -299,3 +302,43 @@ def test_a_peer_refuses_a_second_plan_of_an_attempt_and_a_second_seal_of_a_plan(
     assert session.seal is not None
     assert session.seal.message == told.seal
     assert rejected == {"SignatureError": 2}
+
+
+def test_peers_at_work_stop_a_coordinator_that_is_started_from_an_old_copy(tmp_path: Path) -> None:
+    """They present the highest version that they verified when they join again; then the newer copy goes on."""
+    config = small_config(run={"start_peers": 2, "versions": 500}, timing={"grace": 0.3})
+    coordinator = Identity.generate()
+    swarm = Swarm(tmp_path, config, signed_run(coordinator, config, 40_000), coordinator)
+    home, old = swarm.coordinator_home, tmp_path / "old"
+
+    async def test() -> None:
+        node = await swarm.start_coordinator()
+        peers = [await swarm.start_peer(name, IntegerLearner(40_000)) for name in ("a", "b")]
+        await swarm.committed(1)
+        await node.leave()
+        shutil.copytree(home, old)
+        node = await swarm.start_coordinator()
+        copied = ChainFile.open(old).chain.height
+        await swarm.committed(copied + 2)
+        await swarm.crash(node)
+        home.rename(tmp_path / "newer")
+        old.rename(home)
+        node = await swarm.start_coordinator()
+        with pytest.raises(ChainError, match="this home is older than the run") as caught:
+            await node.task
+        assert "newer home folder" in caught.value.hint
+        assert not any(peer.task.done() for peer in peers), "they wait for the newer one"
+        home.rename(old)
+        (tmp_path / "newer").rename(home)
+        node = await swarm.start_coordinator()
+        await swarm.committed(ChainFile.open(home).chain.height + 1)
+        for one in (*peers, node):
+            await swarm.crash(one)
+
+    run(test())
+    chain = ChainFile.open(home).chain
+    for name in ("a", "b"):
+        peer = ChainFile.open(swarm.peer_home(name)).chain
+        assert peer.height >= ChainFile.open(old).chain.height + 2
+        assert peer.head is not None
+        assert peer.head.manifest.digest == chain.entries[peer.height].manifest.digest

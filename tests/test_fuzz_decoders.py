@@ -12,6 +12,7 @@ import torch
 from google.protobuf.message import Message
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from support.chains import ChainMaker
 from support.evidence import Evidence
 from support.machine import Machine
 from support.mutation import EXAMPLES, damaged, mutated
@@ -31,6 +32,7 @@ from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.config import RunConfig
 from hivegrpo.protocol.envelope import open_run, open_signed, parse, sign
 from hivegrpo.protocol.errors import ChainError, CommitmentError, ConfigError, FrameError, HiveError, WireError
+from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.merkle import check_range, leaf_hash, merkle_root, range_proof
 from hivegrpo.protocol.scalars import StepScalars
 
@@ -257,6 +259,24 @@ def test_chain_entries(random: Random) -> None:
             chain.append(changed)
     with only(ChainError):
         Chain(mutated(MACHINE.run, random), MACHINE.coordinator.peer_id)
+
+
+@fuzzed
+@given(randoms)
+def test_successions(random: Random) -> None:
+    """Changed in the envelope, and whatever the run key may sign: refused whole, or taken whole."""
+    key = Identity.generate()
+    maker = ChainMaker(run_key=key)
+    maker.entries(2)
+    good = pb.Succession(number=1, coordinator=maker.peers[0], first=2, parent=maker.head)
+    for signed in (
+        mutated(sign(key, maker.run_id, good), random),
+        sign(key, maker.run_id, mutated(good, random)),
+    ):
+        chain = maker.chain()
+        with only(ChainError):
+            chain.succeed([signed])
+        assert chain.successions in ([], [signed])
 
 
 @fuzzed

@@ -15,6 +15,7 @@ from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobs import BlobRef
 from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.blobstream import serve_blobs
+from hivegrpo.protocol.chainfile import RUN_FILE
 from hivegrpo.protocol.chainstream import serve_chain
 from hivegrpo.protocol.config import PeerConfig, RunConfig
 from hivegrpo.protocol.envelope import open_run, run_id_of, sign
@@ -25,13 +26,14 @@ from hivegrpo.protocol.transport.base import Transport
 from hivegrpo.protocol.transport.memory import MemoryNetwork
 
 COORDINATOR = Identity.generate()
+RUN_KEY = Identity.generate().peer_id
 
 
 class Prepared:
     """A run of the packaged task, as the launcher prepares it."""
 
     def __init__(self, folder: Path) -> None:
-        config = RunConfig.load(addition_config(folder))
+        config = RunConfig.load(addition_config(folder, run={"key": RUN_KEY}))
         self.store = BlobStore(folder / "blobs")
         self.run = prepare_run(config, COORDINATOR, self.store)
         self.manifest = open_run(self.run, COORDINATOR.peer_id).message
@@ -49,7 +51,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 def test_a_run_pins_everything_that_peers_compute_with(prepared: Prepared) -> None:
     manifest = prepared.manifest
-    assert manifest.coordinator == COORDINATOR.peer_id
+    assert (manifest.coordinator, manifest.run_key) == (COORDINATOR.peer_id, RUN_KEY)
     assert sorted(manifest.digests) == ["base", "chat_template", "dataset", "genesis", "known_answer", "tokenizer"]
     assert "config.json" in [file.name for file in manifest.model]
     assert all(
@@ -71,6 +73,8 @@ def test_a_manifest_tells_nobody_this_machines_folders(prepared: Prepared, tmp_p
 class Source:
     """A chain as a hostile or broken coordinator may serve it."""
 
+    successions = ()
+
     def __init__(self, run: pb.Signed, entries: Sequence[pb.ChainEntry] = ()) -> None:
         self.run = run
         self.entries = entries
@@ -83,8 +87,10 @@ class Source:
         return self.entries[version]
 
 
-def join(source: Source, store: BlobStore, home: Path, coordinator: str = COORDINATOR.peer_id) -> None:
-    """Start a peer, whose home is `home`, at a coordinator that serves `source`."""
+def join(
+    source: Source, store: BlobStore, home: Path, coordinator: str = COORDINATOR.peer_id, run_id: str | None = None
+) -> None:
+    """Start a peer, whose home is `home`, at a coordinator that serves `source`; it may insist on a run."""
 
     async def scenario() -> None:
         network = MemoryNetwork()
@@ -98,7 +104,12 @@ def join(source: Source, store: BlobStore, home: Path, coordinator: str = COORDI
         settings = PeerConfig(home=home, device="cpu", threads=1)
         async with asyncio.timeout(100):
             await run_peer(
-                server.addresses()[0], settings, asyncio.Event(), lambda record: None, make_transport=make_transport
+                server.addresses()[0],
+                settings,
+                asyncio.Event(),
+                lambda record: None,
+                make_transport=make_transport,
+                run_id=run_id,
             )
 
     asyncio.run(scenario())
@@ -106,6 +117,12 @@ def join(source: Source, store: BlobStore, home: Path, coordinator: str = COORDI
 
 def signed(manifest: pb.RunManifest, identity: Identity = COORDINATOR) -> pb.Signed:
     return sign(identity, run_id_of(manifest.SerializeToString(deterministic=True)), manifest)
+
+
+def test_a_peer_that_is_told_a_run_id_joins_no_other_run(prepared: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(ChainError, match=r"is run [0-9a-f]{64}, not abab"):
+        join(Source(prepared.run), prepared.store, tmp_path / "peer", run_id="ab" * 32)
+    assert not (tmp_path / "peer" / RUN_FILE).exists()
 
 
 def _digest(name: str) -> Callable[[pb.RunManifest], None]:

@@ -17,7 +17,7 @@ from hivegrpo.cli.output import Record
 from hivegrpo.coordinator.log import LOG_FILE, EventLog
 from hivegrpo.coordinator.service import FOLLOW, Coordinator
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chainstream import serve_chain
 from hivegrpo.protocol.envelope import PROTOCOL, parse, sign
 from hivegrpo.protocol.errors import ChainError, ReplayError

@@ -41,6 +41,7 @@ class Holder:
 
     def __init__(self, maker: ChainMaker, entries: list[pb.ChainEntry]) -> None:
         self.run = maker.run
+        self.successions: list[pb.Signed] = []
         self.entries = entries
 
     @property

@@ -16,9 +16,8 @@ from hivegrpo.protocol.address import parse_address
 from hivegrpo.protocol.blobfetch import fetch_blob
 from hivegrpo.protocol.blobs import BlobRef
 from hivegrpo.protocol.blobstore import BlobStore
-from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.chainfile import ChainFile
-from hivegrpo.protocol.chainstream import extend_chain, fetch_run
+from hivegrpo.protocol.chainstream import extend_chain, find_chain
 from hivegrpo.protocol.errors import HiveError, UnreachableError, WireError
 from hivegrpo.protocol.files import remove_temporaries
 from hivegrpo.protocol.homes import locked_home, run_folder
@@ -39,10 +38,10 @@ async def mirror_run(address: str, revision: Revision, connect: Callable[[], Awa
     transport = await connect()
     try:
         coordinator = await transport.connect([address])
-        run = await fetch_run(transport, coordinator)
-        folder = run_folder(Chain(run, coordinator).run_id)
+        found = await find_chain(transport, coordinator)
+        folder = run_folder(found.run_id)
         with locked_home(folder / CACHE) as cache:
-            chainfile = ChainFile.create(cache, run, coordinator)
+            chainfile = ChainFile.create(cache, found.run, coordinator, found.successions)
             await extend_chain(transport, coordinator, chainfile.chain, chainfile.append)
             remove_temporaries(cache)
             store = BlobStore(cache / BLOBS)

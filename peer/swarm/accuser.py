@@ -11,6 +11,7 @@ from hivegrpo.peer.swarm.session import Session
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.audits import MAX_PROOF_BYTES
 from hivegrpo.protocol.blobstore import BlobStore
+from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.errors import WireError
 from hivegrpo.protocol.files import write_whole
 from hivegrpo.protocol.history import History
@@ -31,13 +32,13 @@ Build = Callable[[], pb.FaultProof | None]
 class Accuser:
     """Outlives the attempts that its proofs are of."""
 
-    def __init__(self, folder: Path, store: BlobStore, session: Session, history: History, run_id: str) -> None:
+    def __init__(self, folder: Path, store: BlobStore, session: Session, history: History, chain: Chain) -> None:
         """`folder` is where proofs are kept for people; `store` is what others are served from."""
         self._folder = folder
         self._store = store
         self._session = session
         self._history = history
-        self._run_id = run_id
+        self._chain = chain
         self._queue: asyncio.Queue[tuple[bytes, str, Build]] = asyncio.Queue(MAX_WAITING)
         self._proved: set[str] = set()
 
@@ -61,12 +62,13 @@ class Accuser:
         message = build()
         if message is None:
             return None
+        message.successions.extend(self._chain.successions)
         proof = message.SerializeToString(deterministic=True)
         if len(proof) > MAX_PROOF_BYTES:
             log.warning("a fault cannot be proved: too many contributors", bytes=len(proof), limit=MAX_PROOF_BYTES)
             return None
         try:
-            guilty = judge(proof, self._run_id)
+            guilty = judge(proof, self._chain.run_id)
         except WireError as error:
             log.warning("a fault cannot be proved", reason=str(error))
             return None

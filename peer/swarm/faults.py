@@ -27,12 +27,21 @@ from hivegrpo.peer.swarm.rules.registry import get_rule
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.audits import MAX_PROOF_BYTES
 from hivegrpo.protocol.blobs import PIECE_BYTES, BlobRef
+from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.checks import check_digest, check_plan, check_seal
 from hivegrpo.protocol.chunks import chunk_count, chunk_values
 from hivegrpo.protocol.coefficients import planned_rule
 from hivegrpo.protocol.config import RunConfig
 from hivegrpo.protocol.envelope import Opened, open_run, open_signed, parse, run_id_of
-from hivegrpo.protocol.errors import CommitmentError, ConfigError, FrameError, MismatchError, SignatureError, StaleError
+from hivegrpo.protocol.errors import (
+    ChainError,
+    CommitmentError,
+    ConfigError,
+    FrameError,
+    MismatchError,
+    SignatureError,
+    StaleError,
+)
 from hivegrpo.protocol.merkle import check_range, leaf_hash, merkle_root
 from hivegrpo.protocol.scalars import fp32_from_bits
 
@@ -95,18 +104,27 @@ class _Case:
     """The run of a proof, and what its other parts are checked with."""
 
     message: pb.FaultProof
-    run: Opened[pb.RunManifest]
+    chain: Chain
+    """Of the run, with no version in it."""
     config: RunConfig
     codec: Codec
+
+    @property
+    def run(self) -> Opened[pb.RunManifest]:
+        return self.chain.manifest
 
     @classmethod
     def of(cls, message: pb.FaultProof) -> "_Case":
         run = open_run(message.run, message.run.signer)
+        try:
+            chain = Chain(message.run, successions=message.successions)
+        except ChainError as error:
+            raise CommitmentError(error.message) from None
         if run.message.digests["known_answer"] != _known_answer():
             raise CommitmentError("this installation computes other numbers than the run: use the run's version")
         try:
             config = RunConfig.from_json(run.message.config)
-            return cls(message, run, config, get_codec(config.averaging.codec))
+            return cls(message, chain, config, get_codec(config.averaging.codec))
         except (MismatchError, ConfigError) as error:
             raise CommitmentError(f"this installation does not know the run's terms: {error}") from None
 
@@ -127,7 +145,8 @@ class _Case:
 
     def plan(self) -> Opened[pb.RoundPlan]:
         """The plan, if the coordinator signed it, and an honest peer would take part in it."""
-        plan = open_signed(self.message.plan, self.run_id, pb.RoundPlan, signer=self.run.message.coordinator)
+        version = parse(pb.RoundPlan, self.message.plan.payload).version
+        plan = open_signed(self.message.plan, self.run_id, pb.RoundPlan, signer=self.chain.signer_of(version))
         check_plan(plan.message)
         averaging = self.config.averaging
         terms = (averaging.codec, planned_rule(averaging.rule, len(plan.message.contributors)), self.values)
@@ -137,7 +156,8 @@ class _Case:
 
     def seal(self, plan: Opened[pb.RoundPlan]) -> Opened[pb.Seal]:
         """The seal of that plan."""
-        seal = open_signed(self.message.seal, self.run_id, pb.Seal, signer=self.run.message.coordinator)
+        signer = self.chain.signer_of(plan.message.version)
+        seal = open_signed(self.message.seal, self.run_id, pb.Seal, signer=signer)
         if seal.message.plan != plan.digest:
             raise CommitmentError("the seal is of another plan")
         check_seal(seal.message, plan.message)

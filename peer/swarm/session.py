@@ -39,6 +39,9 @@ FIRST_BACKOFF, LAST_BACKOFF = 0.2, 1.0
 GIVE_UP_SECONDS = 600.0
 """A coordinator that cannot be reached for so long is given up."""
 
+FORK = "fork: "
+"""How a coordinator begins its last answer when a peer shows it that it was started from an old copy of its home."""
+
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
@@ -104,7 +107,7 @@ class Session:
             if loop.time() - silent_since > GIVE_UP_SECONDS:
                 raise UnreachableError(
                     f"The coordinator at {self._address} has been out of reach for {GIVE_UP_SECONDS:.0f} s.",
-                    "When it is back, start this peer again: it resumes from its home folder.",
+                    "When it is back, or has a new address, start this peer again: it resumes from its home folder.",
                 )
             await asyncio.sleep(backoff)
             backoff = min(2 * backoff, LAST_BACKOFF)
@@ -149,6 +152,9 @@ class Session:
         async with await self._transport.open_stream(self.coordinator, FOLLOW) as stream:
             await stream.send(sign(self._identity, self._run_id, self._join()).SerializeToString())
             ack = parse(pb.Ack, await stream.receive(MAX_CALL_BYTES))
+            if not ack.accepted and ack.reason.startswith(FORK):
+                log.error("the coordinator is older than this peer; waiting for a newer one", it=printable(ack.reason))
+                raise StaleError("the coordinator lacks a version that it signed")
             if not ack.accepted:
                 raise MismatchError(f"The coordinator refuses this peer: {printable(ack.reason)}.", REFUSED_HINT)
             await self._set_connected(True)
@@ -205,7 +211,7 @@ class Session:
         self.seal = seal
 
     def _take_manifest(self, signed: pb.Signed) -> None:
-        manifest = self._open(signed, pb.VersionManifest)
+        manifest = self._chain.open_version(signed)
         check_manifest(manifest.message)
         version = manifest.message.version
         held = self._chain.entries[version].manifest if version <= self._chain.height else self.head

@@ -20,7 +20,14 @@ ROOT = sha256(b"root").digest()
 class ChainMaker:
     """Signs a chain, entry by entry; or whatever a test makes of it."""
 
-    def __init__(self, name: bytes = b"", peers: int = 2, reducers: int = 1, versions: int = 100) -> None:
+    def __init__(
+        self,
+        name: bytes = b"",
+        peers: int = 2,
+        reducers: int = 1,
+        versions: int = 100,
+        run_key: Identity | None = None,
+    ) -> None:
         """`versions` is what the run is to have by its config; `peers` contribute to each, of which some reduce."""
         self.identity = Identity.generate()
         self.peers = sorted(Identity.generate().peer_id for _ in range(peers))
@@ -30,6 +37,7 @@ class ChainMaker:
             coordinator=self.identity.peer_id,
             nonce=name.ljust(16),
             config=json.dumps({"run": {"versions": versions}}),
+            run_key=run_key.peer_id if run_key is not None else "",
         )
         self.run_id = run_id_of(manifest.SerializeToString(deterministic=True))
         self.run = sign(self.identity, self.run_id, manifest)

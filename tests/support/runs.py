@@ -46,7 +46,12 @@ def small_config(**sections: dict[str, Any]) -> RunConfig:
 
 
 def signed_run(
-    coordinator: Identity, config: RunConfig, values: int = 40_000, rows: int = 100, layout: Layout | None = None
+    coordinator: Identity,
+    config: RunConfig,
+    values: int = 40_000,
+    rows: int = 100,
+    layout: Layout | None = None,
+    run_key: Identity | None = None,
 ) -> pb.Signed:
     """A run manifest over a vector of at least `values`, of which half are LoRA's A and half its B; or of a layout."""
     rank = -(-values // (2 * WIDTH))
@@ -60,6 +65,7 @@ def signed_run(
         rows=rows,
         layout=[pb.Tensor(name=name, shape=shape) for name, shape in layout],
         rewards={"exact_match": 1},
+        run_key=run_key.peer_id if run_key is not None else "",
     )
     payload = manifest.SerializeToString(deterministic=True)
     return sign_payload(coordinator, run_id_of(payload), "RunManifest", payload)

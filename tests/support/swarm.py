@@ -61,6 +61,7 @@ class Swarm:
     service: Coordinator | None = None
     events: list[Event] = field(default_factory=list)
     """The coordinator's, once they are on disk."""
+    successions: list[pb.Signed] = field(default_factory=list)
     _version: int = -1
     _news: asyncio.Condition = field(default_factory=asyncio.Condition)
 
@@ -146,7 +147,9 @@ class Swarm:
                         address,
                         identity=identity,
                         transport=transport,
-                        chainfile=ChainFile.create(home.root, self.run, self.coordinator_identity.peer_id),
+                        chainfile=ChainFile.create(
+                            home.root, self.run, self.coordinator_identity.peer_id, self.successions
+                        ),
                         config=self.config,
                         home=home,
                         sharing=sharing,
