@@ -1,8 +1,10 @@
 """The home of a coordinator whose run has gone on for long: made by its state machine, by peers that always answer.
 
-Nothing is signed but the chain, and no signature of a peer is real: a start does not look at them.
+Only the chain is signed: peers' signatures and digests are random bytes, which a start does not look at, and which are
+as hard to compress as real ones.
 """
 
+import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from hivegrpo.coordinator.state import Phase, State, Terms
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.config import RunConfig
-from hivegrpo.protocol.envelope import DIGEST_BYTES, PROTOCOL, digest_of, run_id_of, sign_payload
+from hivegrpo.protocol.envelope import DIGEST_BYTES, PROTOCOL, run_id_of, sign_payload
 from hivegrpo.protocol.identity import Identity
 
 VALUES = 2_000_000
@@ -24,6 +26,10 @@ VALUES = 2_000_000
 
 SECONDS = 0.01
 """Between two events, on the clock of the run that is made."""
+
+SIGNATURE_BYTES = 64
+BATCH = 2000
+"""Events of one transaction."""
 
 
 def make_run(identity: Identity, peers: int) -> tuple[pb.Signed, RunConfig]:
@@ -54,7 +60,7 @@ class LongRun:
     """Plays a run into a home, as `coordinator.service` would write it."""
 
     def __init__(self, home: Path, peers: int) -> None:
-        self.identity = Identity.generate()
+        self.identity = Identity.load_or_create(home / "identity.key")
         self.run, config = make_run(self.identity, peers)
         self.run_id = run_id_of(self.run.payload)
         self.chain = ChainFile.create(home, self.run, self.identity.peer_id)
@@ -63,6 +69,7 @@ class LongRun:
         self._peers = sorted(Identity.generate().peer_id for _ in range(peers))
         self._now = 0.0
         self._batch: list[ev.Event] = []
+        self._chance = random.Random(0)
 
     def write(self, events: int) -> None:
         """So many events; the newest snapshot is as old as it can be."""
@@ -71,8 +78,9 @@ class LongRun:
             entry = self._entry(event) if isinstance(event, ev.VersionCommitted) else None
             apply(self.state, event)
             self._batch.append(event)
-            if entry is not None:
+            if len(self._batch) == BATCH:
                 self._flush()
+            if entry is not None:
                 self.chain.append(entry)
             if number <= newest and (newest - number) % SNAPSHOT_EVERY == 0:
                 self._flush()
@@ -102,7 +110,8 @@ class LongRun:
         if self.state.phase is Phase.ROLLOUT:
             leases = [granted.message for granted in self.state.leases.values()]
             return [
-                ev.ContributionReceived(self._at(), self._signed(lease.peer, _contribution(lease))) for lease in leases
+                ev.ContributionReceived(self._at(), self._signed(lease.peer, self._contribution(lease)))
+                for lease in leases
             ]
         attempt = current.attempt
         assert attempt is not None
@@ -117,17 +126,27 @@ class LongRun:
             version=current.version,
             plan=attempt.digest,
             seal=attempt.seal_digest,
-            spans=[pb.Blob(root=attempt.digest, size=1000) for _ in attempt.plan.reducers],
-            state_root=digest_of(attempt.payload),
-            receipts=[bytes(64)] * len(attempt.plan.reducers),
+            spans=[pb.Blob(root=self._chance.randbytes(DIGEST_BYTES), size=1000) for _ in attempt.plan.reducers],
+            state_root=self._chance.randbytes(DIGEST_BYTES),
+            receipts=[self._chance.randbytes(SIGNATURE_BYTES) for _ in attempt.plan.reducers],
         )
         waiting = sorted(attempt.roster - attempt.votes.keys())
         return [ev.StepReported(self._at(), self._signed(peer, vote)) for peer in waiting]
 
+    def _contribution(self, lease: pb.Lease) -> pb.Contribution:
+        return pb.Contribution(
+            lease=lease.id,
+            version=lease.version,
+            used=range(lease.count),
+            weight=lease.count,
+            root=self._chance.randbytes(DIGEST_BYTES),
+            metrics={"reward": self._chance.random(), "num_tokens": 10.0},
+        )
+
     def _signed(self, peer: str, message: pb.Contribution | pb.SenderReport | pb.StepReport) -> bytes:
         payload = message.SerializeToString(deterministic=True)
-        name = message.DESCRIPTOR.name
-        return pb.Signed(type=name, payload=payload, signer=peer, signature=bytes(64)).SerializeToString()
+        name, signature = message.DESCRIPTOR.name, self._chance.randbytes(SIGNATURE_BYTES)
+        return pb.Signed(type=name, payload=payload, signer=peer, signature=signature).SerializeToString()
 
     def _entry(self, event: ev.VersionCommitted) -> pb.ChainEntry:
         attempt = self.state.round.attempt
@@ -136,14 +155,3 @@ class LongRun:
             entry.plan.CopyFrom(sign_payload(self.identity, self.run_id, "RoundPlan", attempt.payload))
             entry.seal.CopyFrom(sign_payload(self.identity, self.run_id, "Seal", attempt.seal_payload))
         return entry
-
-
-def _contribution(lease: pb.Lease) -> pb.Contribution:
-    return pb.Contribution(
-        lease=lease.id,
-        version=lease.version,
-        used=range(lease.count),
-        weight=lease.count,
-        root=bytes(DIGEST_BYTES),
-        metrics={"reward": 0.5, "num_tokens": 10.0},
-    )
