@@ -217,13 +217,15 @@ class ScriptedPeer:
                 contribution = pb.Contribution(
                     lease=message.id,
                     version=message.version,
+                    iteration=message.iteration,
                     used=range(message.count),
                     weight=4 * message.count,
                     root=digest_of(signed.payload),
                     metrics={"reward": 1.0},
                 )
                 if (await self.report(contribution)).accepted:
-                    self.history.append({"kind": "contribution_acked", "lease": message.id})
+                    acked = {"lease": message.id, "iteration": message.iteration}
+                    self.history.append({"kind": "contribution_acked", **acked})
             case pb.RoundPlan():
                 self.attempt = message, digest_of(signed.payload)
                 if any(reducer.peer == self.peer_id for reducer in message.reducers):
