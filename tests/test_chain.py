@@ -282,8 +282,9 @@ def test_a_mark_is_of_one_run(coordinator: ChainMaker, tmp_path: Path, marked: l
     other = ChainMaker(b"other")
     home = tmp_path / "other"
     ChainFile.create(home, other.run, other.identity.peer_id)
-    for name in (ENTRIES_FILE, MARK_FILE):
-        (home / name).write_bytes((tmp_path / name).read_bytes())
+    mark = (tmp_path / MARK_FILE).read_bytes()
+    (home / MARK_FILE).write_bytes(mark)
+    (home / ENTRIES_FILE).write_bytes((tmp_path / ENTRIES_FILE).read_bytes()[: int.from_bytes(mark[:8], "big")])
     with pytest.raises(ChainError, match="does not verify"):
         ChainFile.create(home, other.run, other.identity.peer_id)
 

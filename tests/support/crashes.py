@@ -24,7 +24,7 @@ from hivegrpo.coordinator.snapshots import Snapshot
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobs import blob_ref
 from hivegrpo.protocol.blobstream import BlobStore, serve_blobs
-from hivegrpo.protocol.chainfile import ENTRIES_FILE
+from hivegrpo.protocol.chainfile import ENTRIES_FILE, ChainFile
 from hivegrpo.protocol.errors import HiveError, RemoteError
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.invariants import check
@@ -266,8 +266,9 @@ async def play(folder: Path, store: BlobStore, at: int | None, peers: int, **sec
             await asyncio.wait([over, burnt, life, *working], return_when=asyncio.FIRST_COMPLETED)
         if fuse.burnt.is_set():
             outcome.moment = fuse.moment
-            before = _Left(node)
             await asyncio.sleep(DOWN_SECONDS)
+            before = _Left(node)
+            outcome.wrong += [violation.text for violation in check(before.records, histories(swarm))]
             node.fuse = Fuse(None)
             begun = node.clock()
             async with node.alive() as life:
@@ -280,8 +281,13 @@ async def play(folder: Path, store: BlobStore, at: int | None, peers: int, **sec
     outcome.wrong += [repr(error) for error in results if isinstance(error, Exception)]
     outcome.wrong += [violation.text for violation in check(node.records(), histories(swarm))]
     outcome.wrong += _two_of_a_name(swarm)
-    if node.coordinator.state.version != node.config.run.versions:
-        outcome.wrong.append(f"the run ended at version {node.coordinator.state.version}")
+    try:
+        version = ChainFile.open(node.home, node.identity.peer_id).chain.height
+    except HiveError as error:
+        outcome.wrong.append(f"the chain on disk does not verify: {error}")
+    else:
+        if version != node.config.run.versions:
+            outcome.wrong.append(f"the chain on disk ends at version {version}")
     node.close()
     return outcome
 
@@ -300,20 +306,20 @@ class _Left:
     """What a coordinator that was killed has left on disk."""
 
     def __init__(self, node: MortalNode) -> None:
-        self._records = node.records()
+        self.records = node.records()
         self._chain = _whole_entries(node.home / ENTRIES_FILE)
 
     def lost(self, node: MortalNode, begun: float) -> list[str]:
         """What is not there any more, or did not follow in time after the start."""
         wrong = []
         records = node.records()
-        if records[: len(self._records)] != self._records:
+        if records[: len(self.records)] != self.records:
             wrong.append("the log has changed")
         if not _whole_entries(node.home / ENTRIES_FILE).startswith(self._chain):
             wrong.append("the chain has changed")
-        after = records[len(self._records) :]
+        after = records[len(self.records) :]
         commits = [record["at"] for record in after if record["kind"] == "version"]
-        finished = any(record.get("version") == node.config.run.versions for record in self._records)
+        finished = any(record.get("version") == node.config.run.versions for record in self.records)
         if not finished and (not commits or commits[0] > begun + COMMIT_SECONDS):
             wrong.append(f"no commit within {COMMIT_SECONDS} s")
         return wrong

@@ -1,6 +1,6 @@
 """An event loop whose time passes only when there is nothing else to do: hours of waiting take no time at all.
 
-Work for other threads is done at once, on the loop's own: so a run depends on nothing but what runs in it.
+Work for other threads is done on the loop's own, a little later: so a run depends on nothing but what runs in it.
 """
 
 import asyncio
@@ -11,6 +11,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+WORK_SECONDS = 0.005
+"""Until another thread has done its work, in which the loop goes on: a sync to disk takes as long."""
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -30,11 +32,16 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self, executor: Executor | None, function: Callable[..., T], *args: Any
     ) -> asyncio.Future[T]:
         future: asyncio.Future[T] = self.create_future()
-        try:
-            settle = partial(future.set_result, function(*args))
-        except Exception as error:  # noqa: BLE001 - it is the waiter's
-            settle = partial(future.set_exception, error)
-        self.call_soon(lambda: None if future.cancelled() else settle())
+
+        def work() -> None:
+            try:
+                settle = partial(future.set_result, function(*args))
+            except Exception as error:  # noqa: BLE001 - it is the waiter's
+                settle = partial(future.set_exception, error)
+            if not future.cancelled():
+                settle()
+
+        self.call_later(WORK_SECONDS, work)
         return future
 
 
