@@ -307,7 +307,7 @@ class _Left:
 
     def __init__(self, node: MortalNode) -> None:
         self.records = node.records()
-        self._chain = _whole_entries(node.home / ENTRIES_FILE)
+        self._chain = whole_entries(node.home / ENTRIES_FILE)
 
     def lost(self, node: MortalNode, begun: float) -> list[str]:
         """What is not there any more, or did not follow in time after the start."""
@@ -315,7 +315,7 @@ class _Left:
         records = node.records()
         if records[: len(self.records)] != self.records:
             wrong.append("the log has changed")
-        if not _whole_entries(node.home / ENTRIES_FILE).startswith(self._chain):
+        if not whole_entries(node.home / ENTRIES_FILE).startswith(self._chain):
             wrong.append("the chain has changed")
         after = records[len(self.records) :]
         commits = [record["at"] for record in after if record["kind"] == "version"]
@@ -325,7 +325,8 @@ class _Left:
         return wrong
 
 
-def _whole_entries(path: Path) -> bytes:
+def whole_entries(path: Path) -> bytes:
+    """A chain's file, without an entry that a crash cut short."""
     data, end = path.read_bytes() if path.is_file() else b"", 0
     while (size := 4 + int.from_bytes(data[end : end + 4], "big")) > 4 and end + size <= len(data):
         end += size
