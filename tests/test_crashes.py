@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     [
         pytest.param(2, {}, id="plain"),
         pytest.param(2, {"averaging": {"audit_rate": 0.0, "overlap": True}}, id="overlap", marks=pytest.mark.slow),
-        pytest.param(3, {"grpo": {"num_iterations": 2}}, id="iterations", marks=pytest.mark.slow),
+        pytest.param(2, {"grpo": {"num_iterations": 2}}, id="iterations", marks=pytest.mark.slow),
     ],
 )
 def test_a_coordinator_that_is_killed_at_any_write_goes_on(folder: Path, peers: int, sections: dict[str, Any]) -> None:
