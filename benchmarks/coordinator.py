@@ -24,7 +24,7 @@ from hivegrpo.coordinator.log import LOG_FILE, EventLog
 from hivegrpo.coordinator.service import FOLLOW, REPORT, Coordinator
 from hivegrpo.protocol import envelope
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.envelope import DIGEST_BYTES, PROTOCOL, parse, run_id_of, sign
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.transport.base import MAX_CALL_BYTES, CallHandler, Transport

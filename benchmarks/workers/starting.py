@@ -15,7 +15,7 @@ from hivegrpo.coordinator.events import Event
 from hivegrpo.coordinator.log import LOG_FILE, EventLog
 from hivegrpo.coordinator.service import Coordinator
 from hivegrpo.coordinator.state import State
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chainfile import read_run
 from hivegrpo.protocol.config import RunConfig
 from hivegrpo.protocol.identity import Identity

@@ -23,13 +23,15 @@ from hivegrpo.coordinator.service import Coordinator
 from hivegrpo.coordinator.snapshots import Snapshot
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobs import blob_ref
-from hivegrpo.protocol.blobstream import BlobStore, serve_blobs
+from hivegrpo.protocol.blobstore import BlobStore
+from hivegrpo.protocol.blobstream import serve_blobs
 from hivegrpo.protocol.chainfile import ENTRIES_FILE, ChainFile
 from hivegrpo.protocol.errors import HiveError, RemoteError
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.invariants import check
 from hivegrpo.protocol.transport.frames import FramedStream
 from hivegrpo.protocol.transport.memory import MemoryNetwork, MemoryTransport
+from hivegrpo.protocol.transport.rate import UploadCap
 from support.scripted import Node, ScriptedPeer, histories, is_version, state_of
 
 DOWN_SECONDS = 0.5
@@ -97,7 +99,7 @@ class MortalNode(Node):
     @asynccontextmanager
     async def alive(self) -> AsyncIterator[asyncio.Task[None]]:
         """One life, from a start until it is killed, or until the block ends."""
-        fuse, transport = self.fuse, self.network.join(self.identity)
+        fuse, transport = self.fuse, join(self.network, self.identity)
         make_mortal(transport, fuse)
         log = MortalLog(self.home / LOG_FILE, self.run_id, fuse)
         self.logs.append(log)
@@ -139,6 +141,11 @@ class MortalNode(Node):
         """Those of the dead were not closed by anybody: what is on disk is what they left."""
         for log in self.logs:
             log.close()
+
+
+def join(network: MemoryNetwork, identity: Identity) -> MemoryTransport:
+    """A node whose blobs yield to the rest on the loop's clock."""
+    return network.join(identity, UploadCap(clock=asyncio.get_running_loop().time))
 
 
 def make_mortal(transport: MemoryTransport, fuse: Fuse) -> None:
@@ -207,7 +214,7 @@ class SteadyPeer(ScriptedPeer):
 
     @asynccontextmanager
     async def connected(self) -> AsyncIterator[MemoryTransport]:
-        self.transport = self.node.network.join(self.identity)
+        self.transport = join(self.node.network, self.identity)
         await serve_blobs(self.transport, self.store)
         try:
             yield self.transport
@@ -298,8 +305,10 @@ async def _work(peer: SteadyPeer) -> None:
 
 
 async def _finished(node: MortalNode, swarm: Sequence[ScriptedPeer]) -> None:
+    """Once all are told so: the last version is committed, and its state archived."""
     for peer in swarm:
         await peer.until(is_version(node.config.run.versions))
+        await peer.until(lambda message: isinstance(message, pb.Notice) and message.kind == "finished")
 
 
 class _Left:
