@@ -1,7 +1,7 @@
-"""Real processes on loopback, whose coordinator is killed (-9) at random writes. See README.md beside this.
+"""A coordinator that is killed at every write of runs in memory, and (-9) at random ones of a run of real processes.
 
 Exits with 0 if the chain and every contribution survived each kill, and if the next version was committed within ten
-seconds of the next start, with 1 if not.
+seconds of the next start, with 1 if not. See README.md beside this.
 """
 
 import argparse
@@ -14,11 +14,29 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
+from support.crashes import MEMORY, play_all
 from support.kills import Kill, kill_often
 
 COMMIT_BAR = 10.0
 """Seconds from the launch of a process to its first commit."""
+
+PEERS, VERSIONS, SNAPSHOT_EVERY = 3, 3, 9
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "with overlap": {"averaging": {"audit_rate": 0.0, "overlap": True}},
+    "with iterations": {"grpo": {"num_iterations": 2}},
+}
+"""Runs in memory, by what is in their run.toml."""
+
+
+def simulate() -> None:
+    """Print how many moments there were to die at; AssertionError if one is not survived."""
+    for name, sections in RUNS.items():
+        with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
+            moments = play_all(Path(folder), PEERS, VERSIONS, snapshot_every=SNAPSHOT_EVERY, **sections)
+        print(f"in memory, {name}: survived all {moments.total()} moments: {dict(moments)}", flush=True)
 
 
 def show(kills: list[Kill]) -> bool:
@@ -44,6 +62,7 @@ def main() -> int:
     print(f"{arguments.points} kills, seed {arguments.seed}; load {os.getloadavg()[0]:.2f}", flush=True)
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         try:
+            simulate()
             kills = asyncio.run(
                 kill_often(Path(name), arguments.seed, arguments.points, partial(print, file=sys.stderr, flush=True))
             )

@@ -6,6 +6,8 @@ chain's entries, which are not written in one piece, there is a third.
 """
 
 import asyncio
+import shutil
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from unittest import mock
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.protobuf.message import Message
+from structlog.testing import capture_logs
 
 from hivegrpo.coordinator.events import Event
 from hivegrpo.coordinator.log import LOG_FILE, EventLog
@@ -33,6 +36,7 @@ from hivegrpo.protocol.transport.frames import FramedStream
 from hivegrpo.protocol.transport.memory import MemoryNetwork, MemoryTransport
 from hivegrpo.protocol.transport.rate import UploadCap
 from support.scripted import Node, ScriptedPeer, histories, is_version, state_of
+from support.virtual import run_virtually
 
 DOWN_SECONDS = 0.5
 """From the coordinator's death to its next start."""
@@ -40,6 +44,9 @@ DOWN_SECONDS = 0.5
 RETRY_SECONDS = 0.2
 COMMIT_SECONDS = 10.0
 """From a start to the next commit, at most."""
+
+MEMORY = Path("/dev/shm")
+"""Where it is: runs by the hundred, each with a disk of its own."""
 
 LONGEST = 300.0
 """Of a run that goes on: seconds of its own clock."""
@@ -257,7 +264,7 @@ class Outcome:
     wrong: list[str] = field(default_factory=list)
 
 
-async def play(folder: Path, store: BlobStore, at: int | None, peers: int, **sections: Any) -> Outcome:
+async def play(folder: Path, store: BlobStore, at: int, peers: int, **sections: Any) -> Outcome:
     """A whole run, in which the coordinator is killed at the `at`-th moment and started again; what is wrong then."""
     network, fuse = MemoryNetwork(clock=asyncio.get_running_loop().time), Fuse(at)
     node = MortalNode(folder / "coordinator", network, fuse, **sections)
@@ -297,6 +304,23 @@ async def play(folder: Path, store: BlobStore, at: int | None, peers: int, **sec
             outcome.wrong.append(f"the chain on disk ends at version {version}")
     node.close()
     return outcome
+
+
+def play_all(folder: Path, peers: int, versions: int, **sections: Any) -> Counter[str]:
+    """The same run again and again, killed at each of its moments; how many there were of which kind.
+
+    AssertionError if the run does not survive one of them.
+    """
+    sections = sections | {"run": {"versions": versions, "start_peers": peers}}
+    store = store_of(folder / "blobs", versions)
+    moments: Counter[str] = Counter()
+    with capture_logs():
+        while (outcome := run_virtually(play(folder / "run", store, moments.total() + 1, peers, **sections))).moment:
+            assert not outcome.wrong, f"killed {outcome.moment}, moment {moments.total() + 1}: {outcome.wrong}"
+            moments[outcome.moment] += 1
+            shutil.rmtree(folder / "run")
+    assert not outcome.wrong, f"not killed: {outcome.wrong}"
+    return moments
 
 
 async def _work(peer: SteadyPeer) -> None:
