@@ -39,7 +39,7 @@ def form_of(hint: Any) -> Form:
     if origin in (dict, OrderedDict):
         return _mapping(origin, *map(form_of, arguments))
     if origin is tuple:
-        return _sequence(tuple, arguments[0]) if arguments[-1] is ... else _record("tuple", tuple, arguments, _parts)
+        return _sequence(tuple, arguments[0]) if arguments[-1] is ... else _record("tuple", tuple, arguments, list)
     if origin is list:
         return _sequence(list, arguments[0])
     if origin in (set, frozenset):
@@ -50,23 +50,21 @@ def form_of(hint: Any) -> Form:
     if isinstance(hint, type) and issubclass(hint, Message):
         return _message(hint)
     if isinstance(hint, type) and is_dataclass(hint):
-        return fields_form(hint)
+        inner = fields_form(hint)
+        return Form(inner.shape, inner.to_plain, lambda value: hint(**inner.from_plain(value)))
     raise TypeError(f"no form for {hint!r}")
 
 
 def fields_form(kind: type, without: frozenset[str] = frozenset()) -> Form:
-    """The form of a dataclass; `from_plain` makes it of all fields but those `without`, which it lacks a value for."""
+    """The form of a dataclass's fields, but for those `without`: `from_plain` gives them by name, to make one of."""
     hints = get_type_hints(kind)
     names = tuple(field.name for field in fields(kind) if field.name not in without)
-
-    def values_of(value: Any) -> list[Any]:
-        return [getattr(value, name) for name in names]
-
-    def make(values: list[Any]) -> Any:
-        found = dict(zip(names, values, strict=True))
-        return found if without else kind(**found)
-
-    return _record(f"{kind.__name__}:{','.join(names)}", make, tuple(hints[name] for name in names), values_of)
+    return _record(
+        f"{kind.__name__}:{','.join(names)}",
+        lambda values: dict(zip(names, values, strict=True)),
+        tuple(hints[name] for name in names),
+        lambda value: [getattr(value, name) for name in names],
+    )
 
 
 def _exactly(kind: type) -> Callable[[Any], Any]:
@@ -138,14 +136,10 @@ def _describe(message: Any) -> str:
     return f"{message.name}{{{','.join(described)}}}"
 
 
-def _parts(value: Any) -> list[Any]:
-    return list(value)
-
-
 def _record(
     name: str, make: Callable[[list[Any]], Any], hints: tuple[Any, ...], values_of: Callable[[Any], list[Any]]
 ) -> Form:
-    """Values of different types, in a fixed order."""
+    """Values of different types, in a fixed order: `values_of` takes them apart, `make` puts them together."""
     forms = [form_of(hint) for hint in hints]
     writers, readers = [form.to_plain for form in forms], [form.from_plain for form in forms]
     return Form(
