@@ -95,11 +95,15 @@ async def kill_often(folder: Path, seed: int, points: int, show: Callable[[str],
         await coordinator.ended()
         killing = Killing(host, config, Path(begun["home"]))
         since = "commit"
-        for number in range(points):
-            since = "start" if since == "commit" and chance.random() < 0.5 else "commit"
-            await killing.live(since, chance.randint(1, EARLY_MOMENTS if since == "start" else MOMENTS))
-            show(f"{number + 1}: {killing.kills[-1].moment}, at version {killing.kills[-1].version}")
-        coordinator = await killing.live_on()
+        try:
+            for number in range(points):
+                since = "start" if since == "commit" and chance.random() < 0.5 else "commit"
+                await killing.live(since, chance.randint(1, EARLY_MOMENTS if since == "start" else MOMENTS))
+                show(f"{number + 1}: {killing.kills[-1].moment}, at version {killing.kills[-1].version}")
+            coordinator = await killing.live_on()
+        except AssertionError as error:
+            tails = (f"peer {name}: {peer.tail()}" for name, peer in zip(PEERS, peers, strict=True))
+            raise AssertionError("\n".join((str(error), *tails))) from error
         for process in (*peers, coordinator):
             process.send(signal.SIGINT)
             assert await process.ended() == 0, process.tail()
