@@ -1,6 +1,7 @@
 .PHONY: install test parity fuzz lint demo proto \
 	bench bench-joins bench-wan bench-attacks bench-rounds bench-codecs bench-quality bench-solo bench-learning \
-	bench-memory bench-watch
+	bench-memory bench-watch bench-coordinator \
+	bench-crashes
 .DEFAULT_GOAL := install
 
 PYTHON ?= python3
@@ -69,6 +70,12 @@ bench-attacks: install  ## attacks on the averaging layer; writes their table in
 
 bench-watch: install  ## how fast the light client verifies a chain of a thousand versions
 	PYTHONPATH=tests $(BIN)/python benchmarks/watch.py
+
+bench-coordinator: install  ## the coordinator's start from a million events, and how many heartbeats it takes
+	$(BIN)/python benchmarks/coordinator.py
+
+bench-crashes: install  ## the coordinator, killed at fifty random writes over loopback
+	PYTHONPATH=tests $(BIN)/python benchmarks/crashes.py
 
 fuzz: install  ## every decoder and handler, for longer than the tests do
 	HIVEGRPO_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest --timeout=3600 tests/test_fuzz_decoders.py tests/test_fuzz_handlers.py

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hivegrpo.peer.inference.locate import BLOBS, read_chain
+from hivegrpo.peer.inference.locate import BLOBS
 from hivegrpo.protocol.blobstore import BlobStore
-from hivegrpo.protocol.chainfile import RUN_FILE, ChainFile
+from hivegrpo.protocol.chainfile import RUN_FILE, ChainFile, count_entries
 from hivegrpo.protocol.config import RunConfig
 from hivegrpo.protocol.envelope import run_id_of
 from hivegrpo.protocol.errors import ConfigError
@@ -43,7 +43,7 @@ def find_unfinished(config: RunConfig) -> Path | None:
         (state_folder() / "runs").glob(f"*/{ROLE}/{RUN_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True
     )
     for home in (path.parent for path in begun):
-        if _stored_config(home) == config.canonical_json() and read_chain(home).height < config.run.versions:
+        if _stored_config(home) == config.canonical_json() and count_entries(home) <= config.run.versions:
             return home
     return None
 

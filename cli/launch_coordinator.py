@@ -21,7 +21,7 @@ from hivegrpo.coordinator.state import State
 from hivegrpo.peer.inference.locate import BLOBS
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobstore import BlobStore
-from hivegrpo.protocol.chainfile import ChainFile
+from hivegrpo.protocol.chainfile import read_run
 from hivegrpo.protocol.config import CoordinatorConfig, RunConfig
 from hivegrpo.protocol.envelope import parse
 from hivegrpo.protocol.identity import Identity
@@ -52,7 +52,7 @@ async def _serve(
     home: Path, settings: CoordinatorConfig, network: Network, stop: asyncio.Event, show: Show, as_json: bool
 ) -> None:
     identity = Identity.load_or_create(home / KEY_FILE)
-    chain = ChainFile.open(home, identity.peer_id).chain
+    chain = read_run(home, identity.peer_id)
     transport = await network.open(identity, home, settings)
     try:
         with closing(EventLog(home / LOG_FILE, chain.run_id)) as log:
@@ -74,7 +74,7 @@ async def _serve(
                     "kind": "started",
                     "run_id": chain.run_id,
                     "home": str(home),
-                    "version": chain.height,
+                    "version": coordinator.chain.chain.height,
                     "address": addresses[0],
                     "addresses": addresses,
                 }

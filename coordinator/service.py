@@ -7,7 +7,6 @@ process (an answer, a push, an entry of the chain) follows once the event is on 
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,13 @@ from hivegrpo.coordinator.archive import Archive
 from hivegrpo.coordinator.bench import Bench, JudgeProof
 from hivegrpo.coordinator.decide import decide
 from hivegrpo.coordinator.followers import Followers
-from hivegrpo.coordinator.journal import Journal
+from hivegrpo.coordinator.journal import Journal, disk_error
 from hivegrpo.coordinator.log import DAMAGED_HINT, EventLog
 from hivegrpo.coordinator.prober import Prober
 from hivegrpo.coordinator.pushes import Push, current_for, finished_push, push_of, state_holders
 from hivegrpo.coordinator.reports import judge, open_heartbeat
 from hivegrpo.coordinator.secret import audit_secret, keep_audit_secret
+from hivegrpo.coordinator.snapshots import read_snapshot, take_snapshot
 from hivegrpo.coordinator.state import Phase, State, Terms
 from hivegrpo.coordinator.status import Pulse, snapshot
 from hivegrpo.protocol import hivegrpo_pb2 as pb
@@ -48,6 +48,9 @@ HEARTBEAT_SECONDS = 2.0
 MISSED_HEARTBEATS = 3
 MAX_REASON = 300
 CLOSE_SECONDS = 5.0
+SNAPSHOT_EVERY = 10_000
+"""Events, which are replayed in less than a second."""
+
 LINGER_SECONDS = 10.0
 """How long a finished coordinator that is to exit waits for its followers to go."""
 
@@ -71,10 +74,12 @@ class Coordinator:
         on_event: Callable[[ev.Event, State], None] | None = None,
         exit_when_finished: bool = False,
         judge_proof: JudgeProof | None = None,
+        snapshot_every: int = SNAPSHOT_EVERY,
     ) -> None:
         """ChainError if `home` follows another run. The caller closes `transport` and `log`.
 
         `judge_proof` says who is guilty by a proof of fault, and why, or raises WireError; without it nobody is banned.
+        `snapshot_every`: events after which a snapshot is kept, so many are replayed at a start, at most.
         """
         self.run_id = run_id_of(run.payload)
         self._manifest = parse(pb.RunManifest, run.payload)
@@ -91,6 +96,8 @@ class Coordinator:
         self._clock = clock
         self._on_event = on_event
         self._exit_when_finished = exit_when_finished
+        self._snapshot_every = snapshot_every
+        self._snapshot_at = snapshot_every
         self._wake = asyncio.Event()
         self._fatal: Exception | None = None
         self._closing = False
@@ -148,9 +155,7 @@ class Coordinator:
             for task in watched:
                 task.cancel()
             await asyncio.gather(*watched, return_exceptions=True)
-            with suppress(RemoteError):
-                while not self._journal.idle:
-                    await self._journal.written()
+            await self._journal.settled()
             await self._followers.close(CLOSE_SECONDS)
 
     def snapshot(self) -> dict[str, Any]:
@@ -164,7 +169,9 @@ class Coordinator:
 
     def _restore(self) -> None:
         chain = self.chain.chain
-        for event in self._log.replay():
+        start = self._resume()
+        self._snapshot_at = start + self._snapshot_every
+        for event in self._log.replay(after=start):
             try:
                 if isinstance(event, ev.VersionCommitted):
                     self._check_restored(self._entry(event), self.state.version + 1)
@@ -174,12 +181,33 @@ class Coordinator:
                 raise ChainError(
                     f"An event of the log ({name}) does not follow from the others.", DAMAGED_HINT
                 ) from error
+            except OSError as error:
+                raise disk_error(error) from error
         if chain.height > self.state.version:
             raise ChainError(
                 f"The log ends at version {self.state.version}, the chain beside it at {chain.height}.", DAMAGED_HINT
             )
         self._happen([ev.CoordinatorStarted(self._clock())])
         self._archive.restore([entry.manifest.message for entry in chain.entries])
+
+    def _resume(self) -> int:
+        """Begin with the newest snapshot, if this software can read it and the chain has its head; its last event."""
+        kept = self._log.snapshot()
+        if kept is None:
+            return 0
+        try:
+            state = read_snapshot(kept, self.state.terms)
+        except ValueError as error:
+            log.warning("the snapshot cannot be used: replaying all events", reason=str(error))
+            return 0
+        chain = self.chain.chain
+        if state.head is not None and (
+            chain.height < state.version or chain.entries[state.version].manifest.digest != state.head.digest
+        ):
+            log.warning("the chain beside the log lacks the snapshot's version: replaying all events")
+            return 0
+        self.state = state
+        return kept.sequence
 
     def _check_restored(self, entry: pb.ChainEntry, version: int) -> None:
         """The chain beside the log has the same version, or lacks it since a crash."""
@@ -241,6 +269,9 @@ class Coordinator:
             raise
         push = push_of(event, self.state)
         self._journal.add(event, lambda: self._follow_up(event, entry, push))
+        if self._journal.last >= self._snapshot_at:
+            self._journal.keep(take_snapshot(self.state, self._journal.last))
+            self._snapshot_at = self._journal.last + self._snapshot_every
 
     def _follow_up(self, event: ev.Event, entry: pb.ChainEntry | None, push: Push | None) -> None:
         """What an event that is on disk has for others."""

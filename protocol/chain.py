@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.checks import check_manifest, check_plan, check_seal
-from hivegrpo.protocol.envelope import Opened, open_run, open_signed, parse, run_id_of
+from hivegrpo.protocol.envelope import Opened, digest_of, open_run, open_signed, parse, run_id_of
 from hivegrpo.protocol.errors import (
     ChainError,
     ForgedError,
@@ -166,6 +166,13 @@ class Chain:
                 WRONG_CHAIN_HINT,
             )
 
+    def restore(self, message: pb.ChainEntry) -> Entry:
+        """Take an entry that was taken by `append` once, and of which no byte has changed since."""
+        plan = _known(message.plan, pb.RoundPlan) if message.HasField("plan") else None
+        seal = _known(message.seal, pb.Seal) if message.HasField("seal") else None
+        self.entries.append(Entry(_known(message.manifest, pb.VersionManifest), plan, seal))
+        return self.entries[-1]
+
     def _open(self, message: pb.ChainEntry) -> Entry:
         manifest = self.open_version(message.manifest)
         check_manifest(manifest.message)
@@ -228,6 +235,10 @@ class Chain:
 def _refusal(what: str, error: WireError) -> ChainError:
     kind = ForgedError if isinstance(error, SignatureError) else ChainError
     return kind(f"{what} does not verify: {error}.", WRONG_CHAIN_HINT)
+
+
+def _known(envelope: pb.Signed, kind: type[M]) -> Opened[M]:
+    return Opened(parse(kind, envelope.payload), envelope.signer, digest_of(envelope.payload), envelope)
 
 
 WRONG_CHAIN_HINT = (

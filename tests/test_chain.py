@@ -3,13 +3,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from google.protobuf.message import Message
 from support.chains import ROOT, ChainMaker
 
+from hivegrpo.protocol import chain, chainfile
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.chain import Chain
-from hivegrpo.protocol.chainfile import ENTRIES_FILE, RUN_FILE, ChainFile
+from hivegrpo.protocol.chainfile import ENTRIES_FILE, MARK_FILE, RUN_FILE, ChainFile, count_entries
 from hivegrpo.protocol.chainstream import MAX_ENTRIES, extend_chain, fetch_run, serve_chain
-from hivegrpo.protocol.envelope import digest_of, run_id_of, sign
+from hivegrpo.protocol.envelope import Opened, digest_of, run_id_of, sign
 from hivegrpo.protocol.errors import (
     ChainError,
     ConfigError,
@@ -218,6 +220,84 @@ def test_an_entry_that_a_crash_cut_short_is_removed(coordinator: ChainMaker, tmp
     assert (tmp_path / ENTRIES_FILE).read_bytes() == whole
     repaired.append(entries[2])
     assert ChainFile.open(tmp_path).chain.height == 2
+
+
+@pytest.fixture
+def marked(coordinator: ChainMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A home with seven entries, of which the mark has six; the types of what is verified from then on."""
+    monkeypatch.setattr(chainfile, "MARK_EVERY", 3)
+    stored = ChainFile.create(tmp_path, coordinator.run, coordinator.identity.peer_id)
+    for entry in coordinator.entries(7):
+        stored.append(entry)
+    verified: list[str] = []
+    verify = chain.open_signed
+
+    def noting(envelope: pb.Signed, run_id: str, kind: type[Message], signer: str) -> Opened[Message]:
+        verified.append(kind.DESCRIPTOR.name)
+        return verify(envelope, run_id, kind, signer)
+
+    monkeypatch.setattr(chain, "open_signed", noting)
+    return verified
+
+
+def test_an_owner_verifies_only_what_it_has_not_verified_before(
+    coordinator: ChainMaker, tmp_path: Path, marked: list[str]
+) -> None:
+    ours = ChainFile.create(tmp_path, coordinator.run, coordinator.identity.peer_id)
+    assert marked == ["VersionManifest", "RoundPlan", "Seal"]
+    marked.clear()
+    theirs = ChainFile.open(tmp_path)
+    assert marked.count("VersionManifest") == 7, "somebody else's home"
+    assert ours.chain.entries == theirs.chain.entries
+    assert ours.append(coordinator.bind(*coordinator.messages(7))).manifest.message.version == 7
+    marked.clear()
+    assert ChainFile.create(tmp_path, coordinator.run, coordinator.identity.peer_id).chain.height == 7
+    assert marked.count("VersionManifest") == 2
+
+
+@pytest.mark.parametrize("place", [0.1, 0.4, 0.8])
+def test_a_byte_that_has_changed_since_is_noticed(
+    coordinator: ChainMaker, tmp_path: Path, marked: list[str], place: float
+) -> None:
+    path = tmp_path / ENTRIES_FILE
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ChainError):
+        ChainFile.create(tmp_path, coordinator.run, coordinator.identity.peer_id)
+
+
+def test_a_mark_of_more_than_there_is_marks_nothing(coordinator: ChainMaker, tmp_path: Path, marked: list[str]) -> None:
+    path = tmp_path / ENTRIES_FILE
+    whole = path.stat().st_size
+    path.write_bytes(path.read_bytes()[: whole // 2])
+    stored = ChainFile.create(tmp_path, coordinator.run, coordinator.identity.peer_id)
+    assert stored.chain.height + 1 == marked.count("VersionManifest") == 4 - 1
+    path.unlink()
+    assert ChainFile.create(tmp_path, coordinator.run, coordinator.identity.peer_id).chain.height == -1
+
+
+def test_a_mark_is_of_one_run(coordinator: ChainMaker, tmp_path: Path, marked: list[str]) -> None:
+    """Entries of another run that are marked in their own home are not taken into this one."""
+    other = ChainMaker(b"other")
+    home = tmp_path / "other"
+    ChainFile.create(home, other.run, other.identity.peer_id)
+    mark = (tmp_path / MARK_FILE).read_bytes()
+    (home / MARK_FILE).write_bytes(mark)
+    (home / ENTRIES_FILE).write_bytes((tmp_path / ENTRIES_FILE).read_bytes()[: int.from_bytes(mark[:8], "big")])
+    with pytest.raises(ChainError, match="does not verify"):
+        ChainFile.create(home, other.run, other.identity.peer_id)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 7])
+def test_entries_are_counted_without_a_look_at_them(coordinator: ChainMaker, tmp_path: Path, cut: int) -> None:
+    stored = ChainFile.create(tmp_path, coordinator.run, coordinator.identity.peer_id)
+    assert count_entries(tmp_path) == 0
+    for entry in coordinator.entries(3):
+        stored.append(entry)
+    path = tmp_path / ENTRIES_FILE
+    path.write_bytes(path.read_bytes()[: path.stat().st_size - cut])
+    assert count_entries(tmp_path) == (2 if cut else 3)
 
 
 def test_a_damaged_entry_is_an_error(coordinator: ChainMaker, tmp_path: Path) -> None:

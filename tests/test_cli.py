@@ -250,13 +250,12 @@ def test_the_newest_of_several_unfinished_runs_goes_on(config: RunConfig) -> Non
 
 @pytest.mark.usefixtures("quick", "state")
 def test_a_finished_run_does_not_go_on(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    with opened(config):
+    with opened(config) as home:
         pass
-
-    class Finished:
-        height = config.run.versions
-
-    monkeypatch.setattr(coordinator_home, "read_chain", lambda home: Finished)
+    entries = config.run.versions  # without the last version: version 0 is one of them
+    monkeypatch.setattr(coordinator_home, "count_entries", lambda _: entries)
+    assert find_unfinished(config) == home
+    entries += 1
     assert find_unfinished(config) is None
 
 

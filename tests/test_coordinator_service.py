@@ -1,15 +1,27 @@
 """The coordinator's network shell, over the in-memory network, with scripted peers."""
 
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.machine import canonical
 from support.scripted import Node, ScriptedPeer, frames_until_end, histories, is_version, run, state_of
 
-from hivegrpo.coordinator import service
-from hivegrpo.coordinator.events import Event, LeaseExpired, LeaseGranted, PeerDisconnected, VersionCommitted
+from hivegrpo.coordinator import service, snapshots
+from hivegrpo.coordinator.apply import apply
+from hivegrpo.coordinator.events import (
+    CoordinatorStarted,
+    Event,
+    LeaseExpired,
+    LeaseGranted,
+    PeerDisconnected,
+    VersionCommitted,
+)
 from hivegrpo.coordinator.followers import QUEUE_FRAMES
-from hivegrpo.coordinator.log import LOG_FILE
+from hivegrpo.coordinator.log import LOG_FILE, EventLog
 from hivegrpo.coordinator.state import State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobs import blob_ref
@@ -282,6 +294,63 @@ def test_the_chain_is_written_anew_from_the_log_and_never_gets_ahead_of_it(tmp_p
         (node.home / LOG_FILE).unlink()
         async with node.running(ending=ChainError):
             pass
+
+    run(test())
+
+
+def test_a_restart_begins_with_the_newest_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept in the middle of rounds, and read back with what came after it: it is the state that all events make."""
+    replayed: list[int] = []
+    replay = EventLog.replay
+
+    def noting(log: EventLog, after: int = 0) -> Iterator[Event]:
+        replayed.append(log.last - after)
+        return replay(log, after)
+
+    async def test() -> None:
+        node = Node(tmp_path / "coordinator", MemoryNetwork(), snapshot_every=7)
+        peers = [ScriptedPeer(node) for _ in range(3)]
+        async with node.running() as coordinator, peers[0].online(), peers[1].online(), peers[2].online():
+            await peers[0].until(is_version(2))
+        node.events.clear()
+        monkeypatch.setattr(EventLog, "replay", noting)
+        async with node.running() as again, peers[0].connected():
+            await node.until(CoordinatorStarted(0.0))
+            assert replayed[0] < 7 + 1
+            apply(coordinator.state, CoordinatorStarted(again.state.round.closed_at))
+            assert canonical(again.state) == canonical(coordinator.state)
+        monkeypatch.undo()
+        assert check(node.records(), histories(peers)) == []
+
+    run(test())
+
+
+@pytest.mark.parametrize("change", ["another version", "no chain", "damaged"])
+def test_without_a_snapshot_that_can_be_used_everything_is_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: str
+) -> None:
+    async def test() -> None:
+        node = Node(tmp_path / "coordinator", MemoryNetwork(), snapshot_every=7)
+        peers = [ScriptedPeer(node) for _ in range(3)]
+        async with node.running() as coordinator, peers[0].online(), peers[1].online(), peers[2].online():
+            await peers[0].until(is_version(2))
+        node.events.clear()
+        entries = [coordinator.chain.chain.entry(version) for version in range(3)]
+        match change:
+            case "another version":
+                monkeypatch.setattr(snapshots, "SHAPE", "0" * 64)
+            case "no chain":
+                (node.home / ENTRIES_FILE).unlink()
+            case _:
+                with closing(sqlite3.connect(node.home / LOG_FILE)) as database:
+                    database.execute("UPDATE snapshots SET body = zeroblob(9)")
+                    database.commit()
+        async with node.running() as again, peers[0].connected():
+            await node.until(CoordinatorStarted(0.0))
+            assert [again.chain.chain.entry(version) for version in range(3)] == entries
+            apply(coordinator.state, CoordinatorStarted(again.state.round.closed_at))
+            assert canonical(again.state) == canonical(coordinator.state)
+        assert "replaying all events" in capsys.readouterr().out
 
     run(test())
 

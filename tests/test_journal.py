@@ -10,6 +10,7 @@ import pytest
 from hivegrpo.coordinator.events import CoordinatorStarted, Event
 from hivegrpo.coordinator.journal import Journal
 from hivegrpo.coordinator.log import EventLog
+from hivegrpo.coordinator.snapshots import Snapshot
 from hivegrpo.protocol.errors import ConfigError, RemoteError
 
 RUN = "ab" * 32
@@ -110,6 +111,58 @@ def test_after_a_failure_nothing_is_written_and_nothing_follows(disk: Disk) -> N
     asyncio.run(test())
     assert [str(error) for error in errors] == ["Cannot write: the disk is full. Free disk space."]
     assert list(disk.replay()) == [], "an event after the lost one would be a gap"
+    disk.close()
+
+
+def test_a_snapshot_is_kept_once_what_is_in_it_is_on_disk_and_followed_up(disk: Disk) -> None:
+    """And not of what was added after it; who waits for an event does not wait for it."""
+    free, busy, followed = threading.Event(), threading.Event(), list[float]()
+    append = disk.append
+
+    def slow(events: Sequence[Event]) -> None:
+        busy.set()
+        assert free.wait(PATIENCE)
+        append(events)
+
+    async def test() -> None:
+        journal = Journal(disk, pytest.fail)
+        disk.append = slow  # type: ignore[method-assign]  # the fault
+        for at in (1.0, 2.0):
+            journal.add(started(at), lambda at=at: followed.append(at))
+            journal.keep(Snapshot(journal.last, "shape", str(at).encode()))
+        assert await asyncio.to_thread(busy.wait, PATIENCE)
+        assert disk.snapshot() is None
+        journal.add(started(3.0), lambda: followed.append(3.0))
+        free.set()
+        await journal.settled()
+        assert disk.snapshot() == Snapshot(2, "shape", b"2.0")
+        assert (journal.last, journal.idle) == (3, True)
+
+    asyncio.run(test())
+    assert followed == [1.0, 2.0, 3.0]
+    assert [event.at for event in disk.replay()] == [1.0, 2.0, 3.0]
+    assert [event.at for event in disk.replay(after=2)] == [3.0]
+    disk.close()
+
+
+def test_a_snapshot_that_cannot_be_kept_is_a_failure(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors: list[Exception] = []
+
+    def full(_: Snapshot) -> None:
+        raise ConfigError("Cannot write: the disk is full.", "Free disk space.")
+
+    async def test() -> None:
+        journal = Journal(disk, errors.append)
+        monkeypatch.setattr(disk, "compact", full)
+        journal.add(started(1.0), lambda: None)
+        journal.keep(Snapshot(1, "shape", b""))
+        await journal.settled()
+        with pytest.raises(RemoteError, match="is stopping"):
+            await journal.written()
+
+    asyncio.run(test())
+    assert [type(error) for error in errors] == [ConfigError]
+    assert [event.at for event in disk.replay()] == [1.0]
     disk.close()
 
 

@@ -10,6 +10,7 @@ from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.apply import apply
 from hivegrpo.coordinator.decide import decide
 from hivegrpo.coordinator.reports import Verdict, judge
+from hivegrpo.coordinator.snapshots import read_snapshot, take_snapshot
 from hivegrpo.coordinator.state import State, Terms
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.config import RunConfig
@@ -115,6 +116,7 @@ class Machine:
         return pb.Contribution(
             lease=lease.id,
             version=lease.version,
+            iteration=lease.iteration,
             used=used,
             dropped=dropped,
             returned=returned,
@@ -188,16 +190,21 @@ class Machine:
         assert self.state.head is not None
         return self.state.head.manifest
 
-    def replayed(self) -> State:
-        """The state that a restart would make of the events."""
+    def replayed(self, snapshot_at: int | None = None) -> State:
+        """The state that a restart would make of the events, or of a snapshot after some of them and of the others."""
         state = State(self.terms)
-        for event in self.events:
+        for sequence, event in enumerate(self.events):
+            if sequence == snapshot_at:
+                state = read_snapshot(take_snapshot(state, sequence), self.terms)
             apply(state, event)
         return state
 
-    def check_replay(self) -> None:
-        """A restart has to remember the same, to the order of things."""
+    def check_replay(self, cuts: int = 4) -> None:
+        """A restart has to remember the same, to the order of things; from so many snapshots, too."""
         assert canonical(self.replayed()) == canonical(self.state)
+        for cut in range(cuts):
+            at = (cut + 1) * len(self.events) // (cuts + 1)
+            assert canonical(self.replayed(at)) == canonical(self.state), f"from a snapshot after {at} events"
 
     def accounted(self) -> list[int]:
         """Every position below the cursor, wherever the book has it; each should be there once."""

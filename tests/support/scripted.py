@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from hivegrpo.coordinator.events import Event
 from hivegrpo.coordinator.history import read_records
 from hivegrpo.coordinator.log import LOG_FILE, EventLog
-from hivegrpo.coordinator.service import FOLLOW, REPORT, Coordinator
+from hivegrpo.coordinator.service import FOLLOW, REPORT, SNAPSHOT_EVERY, Coordinator
 from hivegrpo.coordinator.state import State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobs import blob_ref
@@ -65,8 +65,11 @@ def state_of(version: int) -> bytes:
 class Node:
     """A coordinator that can be started again from its home."""
 
-    def __init__(self, home: Path, network: MemoryNetwork, **sections: dict[str, Any]) -> None:
+    def __init__(
+        self, home: Path, network: MemoryNetwork, snapshot_every: int = SNAPSHOT_EVERY, **sections: dict[str, Any]
+    ) -> None:
         self.home = home
+        self.snapshot_every = snapshot_every
         self.network = network
         self.identity = Identity.generate()
         self.run, self.config = make_run(self.identity, **sections)
@@ -107,6 +110,7 @@ class Node:
             clock=self.clock,
             on_event=self.on_event,
             exit_when_finished=exit_when_finished,
+            snapshot_every=self.snapshot_every,
         )
         stop = asyncio.Event()
         self.task = asyncio.create_task(self.coordinator.run(stop))
@@ -213,13 +217,15 @@ class ScriptedPeer:
                 contribution = pb.Contribution(
                     lease=message.id,
                     version=message.version,
+                    iteration=message.iteration,
                     used=range(message.count),
                     weight=4 * message.count,
                     root=digest_of(signed.payload),
                     metrics={"reward": 1.0},
                 )
                 if (await self.report(contribution)).accepted:
-                    self.history.append({"kind": "contribution_acked", "lease": message.id})
+                    acked = {"lease": message.id, "iteration": message.iteration}
+                    self.history.append({"kind": "contribution_acked", **acked})
             case pb.RoundPlan():
                 self.attempt = message, digest_of(signed.payload)
                 if any(reducer.peer == self.peer_id for reducer in message.reducers):
