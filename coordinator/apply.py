@@ -6,7 +6,7 @@ from typing import assert_never
 from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.ahead import adopt_ahead, await_ahead, expire_ahead, grant_ahead, meet_ahead, miss_ahead
 from hivegrpo.coordinator.rates import follow
-from hivegrpo.coordinator.round import EVALUATION_PREFIX, Attempt, Audit, Granted, Held, Round, ballot_of, empty_pause
+from hivegrpo.coordinator.round import EVALUATION_PREFIX, Attempt, Audit, Granted, Held, Round, empty_pause
 from hivegrpo.coordinator.state import Ban, Head, Member, Phase, State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.audits import draw, seed_of
@@ -102,6 +102,7 @@ def _join(state: State, event: ev.PeerJoined) -> None:
         member.addresses, member.agent = event.addresses, event.agent
         member.connected, member.left, member.since = True, False, event.at
     state.connected[event.peer] = None
+    state.holding.pop(event.peer, None)  # its addresses may be others than before
     state.round.absent.pop(event.peer, None)
     meet_ahead(state, event.peer)
     _offer(state, event.peer)
@@ -112,7 +113,7 @@ def _disconnect(state: State, peer: str, at: float) -> None:
     if not member.connected:
         return
     member.connected, member.since = False, at
-    for group in (state.connected, state.unserved, state.idle):
+    for group in (state.connected, state.unserved, state.idle, state.holding):
         group.pop(peer, None)
     miss_ahead(state, peer)
     if member.lease is not None or peer in state.round.contributions:
@@ -134,11 +135,14 @@ def _hold(state: State, peer: str, version: int, root: bytes) -> None:
 
 
 def _offer(state: State, peer: str) -> None:
-    """Note that a peer could be leased work, if so."""
+    """Note that a peer could be leased work, and that it could serve the head, if so."""
     member = state.members[peer]
+    holds = member.connected and member.ready == max(state.version, 0)
+    if holds and member.addresses:
+        state.holding[peer] = None
     if member.connected and peer not in state.round.served:
         state.unserved[peer] = None
-        if member.ready == max(state.version, 0):
+        if holds:
             state.idle[peer] = None
 
 
@@ -244,7 +248,6 @@ def _seal(state: State, payload: bytes, at: float) -> None:
 
 def _vote(state: State, signed: pb.Signed, at: float) -> None:
     report = parse(pb.StepReport, signed.payload)
-    ballot = ballot_of(report)
     current, last = state.round.attempt, state.last
     if current is not None and report.plan == current.digest:
         current.vote(signed.signer, report, at)
@@ -253,7 +256,7 @@ def _vote(state: State, signed: pb.Signed, at: float) -> None:
             current.drawn = draw(current.plan, current.seed, state.terms.config.averaging.audit_rate)
     elif last is not None and report.plan == last.digest:
         last.vote(signed.signer, report, at)
-        if ballot == last.winner():
+        if last.votes[signed.signer] == last.winner():
             _hold(state, signed.signer, report.version, report.state_root)
         else:
             state.standing.charge([signed.signer], report.version)
@@ -303,6 +306,7 @@ def _commit(state: State, payload: bytes) -> None:
             if state.members[peer].ready_root != manifest.state.root:
                 state.members[peer].ready = None
                 del state.idle[peer]
+                state.holding.pop(peer, None)
     if manifest.version == state.terms.config.run.versions:
         state.phase = Phase.FINISHED
 
@@ -328,3 +332,4 @@ def _begin_rollout(state: State) -> None:
     state.unserved = dict(state.connected)
     held = state.version
     state.idle = {peer: None for peer in state.connected if state.members[peer].ready == held}
+    state.holding = {peer: None for peer in state.idle if state.members[peer].addresses}

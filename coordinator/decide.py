@@ -227,8 +227,11 @@ def _exchange(state: State, attempt: Attempt, now: float) -> Decision:
 
 def _step(state: State, attempt: Attempt, now: float) -> Decision:
     timing = state.terms.config.timing
-    absent = {peer: since + timing.grace for peer, since in state.round.absent.items() if peer in attempt.roster}
-    away = {peer: limit for peer, limit in absent.items() if peer not in attempt.votes}
+    away = {
+        peer: since + timing.grace
+        for peer, since in state.round.absent.items()
+        if peer in attempt.roster and peer not in attempt.votes
+    }
     if attempt.quorum_at is not None:
         last = attempt.quorum_at + LAST_VOTES_SECONDS
         if len(attempt.votes) + len(away) >= len(attempt.roster) or now >= last:
@@ -239,7 +242,7 @@ def _step(state: State, attempt: Attempt, now: float) -> Decision:
     gone = sum(1 for limit in away.values() if now >= limit)
     if leading + open_votes < attempt.quorum:
         return _fail(state, now, f"the votes disagree: {len(attempt.tally)} different results")
-    reducers = {reducer.peer for reducer in attempt.plan.reducers}
+    reducers = {reducer.peer for reducer in attempt.plan.reducers} if gone else ()
     lost = [peer for peer, limit in away.items() if peer in reducers and now >= limit]
     if leading + open_votes - gone < attempt.quorum:
         return _fail(state, now, "too few of the roster are left for a quorum", lost)

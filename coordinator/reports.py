@@ -121,7 +121,7 @@ def _judge_senders(state: State, opened: Opened[pb.SenderReport], now: float) ->
         return Verdict(False, f"stale: plan {report.plan.hex()[:16]} is not the current one")
     if all(reducer.peer != peer for reducer in attempt.plan.reducers):
         return Verdict(False, "invalid: this peer is no reducer of the plan")
-    check_sender_report(report, attempt.plan)
+    check_sender_report(report, attempt.roster)
     if peer in attempt.reports:
         return _again(attempt.reports[peer].keys() == {complete.peer for complete in report.complete}, "report")
     return Verdict(True, events=(ev.SendersReported(now, opened.signed.SerializeToString()),))

@@ -126,7 +126,8 @@ class Histories:
 
     def commit(self, version: int, **fields: Any) -> None:
         spans = [{"root": root("span", version, index), "size": 1} for index in range(2 if version else 0)]
-        record = {"kind": "version", "version": version, "digest": root("manifest", version), "spans": spans}
+        at = 10.0 * version
+        record = {"kind": "version", "at": at, "version": version, "digest": root("manifest", version), "spans": spans}
         self.coordinator.append({**record, "state_root": root("state", version), **fields})
         for peer in self.peers.values():
             held = {"version": version, "state_root": root("state", version), "manifest": record["digest"]}
