@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+from hivegrpo.coordinator.speeds import Pacing
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.audits import TURNS, Draw
 from hivegrpo.protocol.config import RunConfig
@@ -51,6 +52,9 @@ class Granted:
     message: pb.Lease
     payload: bytes
     at: float
+    """From here on its time runs: its grant, the commit of its version if it was granted ahead, or a restart."""
+    since: float | None
+    """When its peer could begin; None if that tells nothing of its speed, as after a restart."""
 
 
 @dataclass(slots=True)
@@ -178,6 +182,8 @@ class Round:
     """Groups that live leases want."""
     spent: int = 0
     """Groups that contributions used, or dropped in vain: never more of a lease than it wanted."""
+    pacing: Pacing = field(default_factory=Pacing)
+    """What peers' speeds are measured by in it."""
     rollout_at: float | None = None
     """When the first lease was granted."""
     closed_at: float = 0.0
