@@ -1,7 +1,6 @@
 """One simulated run: the coordinator, its peers, what goes wrong, and when it ends."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from hashlib import sha256
 from random import Random
 from typing import Protocol
@@ -10,17 +9,16 @@ from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.history import record_of
 from hivegrpo.coordinator.round import longest_round
 from hivegrpo.coordinator.simulation.exchange import Exchange
-from hivegrpo.coordinator.simulation.faults import Faults
 from hivegrpo.coordinator.simulation.liars import Liar
 from hivegrpo.coordinator.simulation.network import Network, spread
 from hivegrpo.coordinator.simulation.outcome import Outcome, Tally
 from hivegrpo.coordinator.simulation.peer import SimulatedPeer
 from hivegrpo.coordinator.simulation.scheduler import Scheduler
 from hivegrpo.coordinator.simulation.sequencer import Fork, Sequencer, Told
+from hivegrpo.coordinator.simulation.setting import Setting
 from hivegrpo.coordinator.simulation.stubs import GENESIS_ROOT, guilty_by, proof_against, state_root
 from hivegrpo.coordinator.state import Terms
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.config import RunConfig
 from hivegrpo.protocol.envelope import digest_of, parse
 from hivegrpo.protocol.invariants import Calm, Checker, Violation
 
@@ -49,22 +47,6 @@ class Digest(Protocol):
 
     def update(self, data: bytes, /) -> None:
         """Take more bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What is simulated; the same setting gives the same history, to the last bit."""
-
-    config: RunConfig
-    peers: int
-    seed: int
-    faults: Faults
-    values: int = 1_000_000
-    """Length of the vector that is averaged."""
-    speed: float = 0.5
-    """Groups a second that the median peer samples."""
-    upload_mbit: float = 20.0
-    """That the median peer uploads."""
 
 
 class World:
