@@ -1,6 +1,6 @@
 .PHONY: install test parity fuzz lint demo proto \
 	bench bench-joins bench-wan bench-attacks bench-rounds bench-codecs bench-quality bench-solo bench-learning \
-	bench-memory bench-watch
+	bench-memory bench-watch bench-simulate
 .DEFAULT_GOAL := install
 
 PYTHON ?= python3
@@ -69,6 +69,9 @@ bench-attacks: install  ## attacks on the averaging layer; writes their table in
 
 bench-watch: install  ## how fast the light client verifies a chain of a thousand versions
 	PYTHONPATH=tests $(BIN)/python benchmarks/watch.py
+
+bench-simulate: install  ## how long large swarms take to simulate, and a sweep of 500 random seeds
+	$(BIN)/python benchmarks/simulate.py
 
 fuzz: install  ## every decoder and handler, for longer than the tests do
 	HIVEGRPO_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest --timeout=3600 tests/test_fuzz_decoders.py tests/test_fuzz_handlers.py

@@ -60,19 +60,8 @@ def main() -> int:
 
 def large(name: str, bar: Bar) -> bool:
     """One large simulation, in a process of its own."""
-    sizes = ["--peers", str(bar.peers), "--rounds", str(bar.rounds)]
-    command = [
-        sys.executable,
-        "-m",
-        "hivegrpo.cli.main",
-        "simulate",
-        *sizes,
-        "--seed",
-        "7",
-        "--faults",
-        FAULTS,
-        "--json",
-    ]
+    sizes = ["--peers", str(bar.peers), "--rounds", str(bar.rounds), "--seed", "7"]
+    command = [sys.executable, "-m", "hivegrpo.cli.main", "simulate", *sizes, "--faults", FAULTS, "--json"]
     began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, capture_output=True, text=True)
     seconds, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -85,7 +74,7 @@ def large(name: str, bar: Bar) -> bool:
     met = seconds <= bar.seconds and memory <= bar.memory and not outcome["violations"]
     met = met and outcome["versions"] == bar.rounds
     print(
-        f"{'met    ' if met else 'NOT MET'}  {name}: {bar.peers} peers x {bar.rounds} rounds, {FAULTS}: {seconds:.1f} s "
+        f"{_verdict(met)}  {name}: {bar.peers} peers x {bar.rounds} rounds, {FAULTS}: {seconds:.1f} s "
         f"({cpu:.1f} s of CPU, the coordinator's {outcome['cpu_seconds']:.1f}), at most {bar.seconds:.0f}; "
         f"{memory / GIB:.2f} GiB; {sum(outcome['events'].values())} events; {len(outcome['violations'])} violations"
     )
@@ -109,10 +98,14 @@ def sweep(first: int, count: int) -> bool:
     seconds = time.monotonic() - began
     met = not bad and seconds <= SWEEP_SECONDS * count / SEEDS
     print(
-        f"{'met    ' if met else 'NOT MET'}  {SWEEP}: seeds {first} to {first + count - 1}, {SWEEP_PEERS} peers x "
+        f"{_verdict(met)}  {SWEEP}: seeds {first} to {first + count - 1}, {SWEEP_PEERS} peers x "
         f"{SWEEP_ROUNDS} rounds, all faults: {seconds:.1f} s, at most {SWEEP_SECONDS * count / SEEDS:.0f}; {bad} broken"
     )
     return met
+
+
+def _verdict(met: bool) -> str:
+    return "met    " if met else "NOT MET"
 
 
 if __name__ == "__main__":

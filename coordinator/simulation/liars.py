@@ -71,11 +71,11 @@ class Liar(SimulatedPeer):
             case 8:
                 return  # it never comes
             case _:
-                self._replay(envelope("Contribution", true.SerializeToString(), self.name))
-                self._replay(envelope("Contribution", true.SerializeToString(), self.name))
-        self._tell(envelope("Contribution", false.SerializeToString(), self.name))
+                self._replay(envelope("Contribution", true.SerializeToString(deterministic=True), self.name))
+                self._replay(envelope("Contribution", true.SerializeToString(deterministic=True), self.name))
+        self._tell(envelope("Contribution", false.SerializeToString(deterministic=True), self.name))
         if self._world.chance.random() < 0.5:
-            self._tell(envelope("Contribution", true.SerializeToString(), self.name))
+            self._tell(envelope("Contribution", true.SerializeToString(deterministic=True), self.name))
 
     def sender_report(self, exchange: "Exchange", payload: bytes) -> None:
         """Leaving some out, claiming all, or none at all."""
@@ -144,7 +144,7 @@ class Liar(SimulatedPeer):
         if not self.alive or not self._world.lying:
             return
         other = self._world.chance.choice(self._world.names)
-        leave = pb.Leave(reason="not me").SerializeToString()
+        leave = pb.Leave(reason="not me").SerializeToString(deterministic=True)
         self._tell(envelope("Leave", leave, other))
         forged = envelope("Leave", leave, self.name)
         forged.signature = b"f" * 64

@@ -28,9 +28,6 @@ from hivegrpo.protocol.errors import WireError
 if TYPE_CHECKING:
     from hivegrpo.coordinator.simulation.peer import SimulatedPeer
 
-WRITE_SECONDS = 0.005
-"""A sync to disk; what happens meanwhile is written together by the next one."""
-
 PATIENCE_SECONDS = 6.0
 """Silence after which a peer counts as gone."""
 
@@ -76,6 +73,9 @@ class Fork(Exception):
 class Sequencer:
     """The coordinator of a simulation."""
 
+    write_seconds = 0.005
+    """A sync to disk; what happens meanwhile is written together."""
+
     def __init__(
         self,
         terms: Terms,
@@ -92,6 +92,8 @@ class Sequencer:
         self.run_id = run_id
         self.history: list[ev.Event] = []
         """What is on disk, if it is kept: a coordinator that crashes needs it."""
+        self.unwritten: list[ev.Event] = []
+        """What has happened since."""
         self.chain: list[bytes] = []
         """Digests of the versions on disk."""
         self.refused: Counter[str] = Counter()
@@ -106,7 +108,6 @@ class Sequencer:
         self._keep_history = keep_history
         self._timer = timer
         self._sessions: dict[str, Session] = {}
-        self._unwritten: list[ev.Event] = []
         self._effects: list[Callable[[], None]] = []
         self._answers: list[tuple[Answer, bool, str]] = []
         self._alarm: float | None = None
@@ -130,7 +131,7 @@ class Sequencer:
         self.up = False
         self._life += 1
         answers, self._answers = self._answers, []
-        self._unwritten, self._effects = [], []
+        self.unwritten, self._effects = [], []
         sessions, self._sessions = self._sessions, {}
         for answer, _, _ in answers:
             answer(None, "")
@@ -179,7 +180,7 @@ class Sequencer:
             self.refused[verdict.reason.partition(":")[0]] += 1
         if verdict.events:
             self._happen(verdict.events)
-        if self._unwritten:
+        if self.unwritten:
             self._answers.append((answer, verdict.accepted, verdict.reason))
         else:
             answer(verdict.accepted, verdict.reason)
@@ -231,9 +232,9 @@ class Sequencer:
     def _take(self, event: ev.Event) -> None:
         apply(self.state, event)
         push = push_of(event, self.state)
-        if not self._unwritten:
-            self._scheduler.after(WRITE_SECONDS, self._write, self._life)
-        self._unwritten.append(event)
+        if not self.unwritten:
+            self._scheduler.after(self.write_seconds, self._write, self._life)
+        self.unwritten.append(event)
         if push is not None:
             told = self._told(push)
             self._effects.append(lambda: self._deliver(push, told))
@@ -242,7 +243,7 @@ class Sequencer:
         """What happened is on disk: tell of it."""
         if life != self._life:
             return
-        events, self._unwritten = self._unwritten, []
+        events, self.unwritten = self.unwritten, []
         effects, self._effects = self._effects, []
         answers, self._answers = self._answers, []
         if self._keep_history:

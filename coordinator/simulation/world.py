@@ -52,7 +52,9 @@ class Digest(Protocol):
 class World:
     """Everything that there is in one simulation."""
 
-    def __init__(self, setting: Setting, timer: Callable[[], float] = lambda: 0.0) -> None:
+    def __init__(
+        self, setting: Setting, timer: Callable[[], float] = lambda: 0.0, sequencer: type[Sequencer] = Sequencer
+    ) -> None:
         """`timer` tells CPU seconds, for the outcome alone: nothing in the simulation depends on it."""
         self.config = setting.config
         self.chance = Random(setting.seed)  # noqa: S311 - chosen to be repeated, not to be secret
@@ -84,7 +86,7 @@ class World:
         run = pb.Signed(type="RunManifest", payload=manifest.SerializeToString(deterministic=True))
         terms = Terms.of(run, self.config, digest_of(b"secret %d" % setting.seed))
         self._bound = 2 * longest_round(self.config) + self.config.timing.lease
-        self.sequencer = Sequencer(
+        self.sequencer = sequencer(
             terms,
             terms.run_digest.hex(),
             scheduler=self.scheduler,
