@@ -177,7 +177,7 @@ def simulate(
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="A run.toml whose [grpo], [averaging] and [timing] count.")
     ] = None,
-    values: Annotated[int, typer.Option(min=1, help="Length of the vector that is averaged.")] = 1_000_000,
+    values: Annotated[int, typer.Option(min=1, help="Length of the vector that is averaged.")] = 400_000,
     speed: Annotated[float, typer.Option(min=0.001, help="Groups a second of the median peer.")] = 0.5,
     upload_mbit: Annotated[float, typer.Option(min=0.1, help="Mbit/s that the median peer uploads.")] = 20.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,

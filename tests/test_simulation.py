@@ -125,7 +125,7 @@ def test_no_mode_breaks_an_invariant(sections: dict[str, Any]) -> None:
 def test_a_large_swarm_under_churn_and_loss() -> None:
     outcome = outcome_of(peers=200, rounds=10, faults="churn=0.2,loss=0.05")
     assert (outcome.versions, outcome.violations) == (10, ())
-    assert 200 + 8 * 20 <= outcome.peers <= 200 + 10 * 20, "a tenth of 200 joined in each round"
+    assert 200 + 8 * 20 <= outcome.peers <= 200 + 12 * 20, "about a tenth of 200 joined in each round"
 
 
 # Every fault shows.

@@ -54,7 +54,7 @@ class Faults:
 MODERATE = {
     "churn": 0.2,
     "crashes": 0.1,
-    "coordinator": 0.1,
+    "coordinator": 0.05,
     "loss": 0.05,
     "partitions": 0.1,
     "slow": 0.1,

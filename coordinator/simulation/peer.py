@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 RETRY_SECONDS = 1.0
 """Pause before a call that failed is made again."""
 
+DRAIN_SECONDS = 60.0
+"""That a peer which wants to leave gives the round that counts on it."""
+
 SYNC_SECONDS = 5.0
 """Median time to fetch a state."""
 
@@ -76,6 +79,9 @@ class SimulatedPeer:
         self._done: Name = (0, 0)
         self._ready_said: tuple[int, int] | None = None
         self._joins = 0
+        self._leaving = False
+        self._owes = 0
+        """The version that counts on its contribution."""
         self._plan: Told | None = None
         self._exchange: Exchange | None = None
         self._shadow: tuple[bytes, bytes] | None = None
@@ -111,9 +117,18 @@ class SimulatedPeer:
         self._forget()
 
     def leave(self) -> None:
-        """Say goodbye, and go for good."""
-        if self.alive:
-            life = self.life
+        """Take no new lease, finish the round that counts on this peer, for a minute, and go for good."""
+        if self.alive and not self._leaving:
+            self._leaving = True
+            self._world.scheduler.after(DRAIN_SECONDS, self._say_goodbye, self.life)
+            self._leave_if_free()
+
+    def _leave_if_free(self) -> None:
+        if self._leaving and self._owes <= self.height:
+            self._say_goodbye(self.life)
+
+    def _say_goodbye(self, life: int) -> None:
+        if life == self.life:
             self.report(pb.Leave(reason="enough for today"), lambda: True, lambda *_: self._depart(life))
 
     def _depart(self, life: int) -> None:
@@ -205,6 +220,7 @@ class SimulatedPeer:
         """Hold a version, whose root is the canonical step's, whatever the manifest says."""
         self.height = version
         self.versions.append((version, self._world.root_of(version), self.head[1]))
+        self._leave_if_free()
 
     # Work.
 
@@ -220,7 +236,7 @@ class SimulatedPeer:
                 self._plan = None
                 self._exchange = exchange
                 exchange.begin(self)
-        if self.session is None:
+        if self.session is None or self._leaving:
             return
         if self._lease is not None and not self._working and self._is_due(self._lease):
             self._work(self._lease)
@@ -258,6 +274,8 @@ class SimulatedPeer:
             return
         self._working = False
         self._done = (lease.id, lease.iteration)
+        if self._leaving:
+            return
         if seconds >= lease.seconds or self.head[0] > lease.version:
             self._ready_said = None
         else:
@@ -271,6 +289,7 @@ class SimulatedPeer:
 
         def taken(accepted: bool, _: str) -> None:
             if accepted:
+                self._owes = lease.version + 1 if contribution.weight else self._owes
                 self.acknowledged.append((lease.id, lease.iteration))
             else:
                 self._ready_said = None

@@ -23,10 +23,12 @@ class Scheduler:
         """Call `action(*args)` at a time, or now if it has passed."""
         heappush(self._queue, (max(when, self.now), next(self._order), action, args))
 
-    def step(self) -> bool:
-        """Let the next thing happen; False if there is nothing left to happen."""
-        if not self._queue:
-            return False
-        self.now, _, action, args = heappop(self._queue)
-        action(*args)
+    def run(self, steps: int) -> bool:
+        """Let the next so many things happen; False if there are not as many left."""
+        queue = self._queue
+        for _ in range(steps):
+            if not queue:
+                return False
+            self.now, _, action, args = heappop(queue)
+            action(*args)
         return True

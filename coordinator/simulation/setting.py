@@ -17,7 +17,7 @@ class Setting:
     peers: int
     seed: int
     faults: Faults = field(default_factory=Faults)
-    values: int = 1_000_000
+    values: int = 400_000
     """Length of the vector that is averaged."""
     speed: float = 0.5
     """Groups a second that the median peer samples."""

@@ -26,6 +26,9 @@ KEPT_EXCHANGES = 4
 UNREACHABLE = 0.2
 """Share of the peers that cannot be dialled."""
 
+STEPS = 64
+"""Things that happen before it is looked again whether a simulation is over."""
+
 STALLED = 20
 """A simulation is given up after as many times the longest wait without a commit."""
 
@@ -107,7 +110,9 @@ class World:
         patience = STALLED * self._bound
         try:
             while not self._is_over():
-                if not self.scheduler.step() or self.scheduler.now > self.tally.committed_at + patience:
+                if not self.scheduler.run(STEPS) and not self._is_over():
+                    self._found.append(Violation(7, "nothing is left to happen"))
+                if self.scheduler.now > self.tally.committed_at + patience:
                     self._found.append(Violation(7, f"no version was committed in {patience:.0f} s"))
         except Fork as fork:
             self._found.append(Violation(4, str(fork)))
@@ -271,8 +276,9 @@ class World:
 
 def _absorb(digest: Digest, event: ev.Event) -> None:
     """Take an event into a digest, whole."""
-    digest.update(type(event).__name__.encode())
+    parts = [type(event).__name__.encode()]
     for name in type(event).__slots__:
         value = getattr(event, name)
         data = value if isinstance(value, bytes) else repr(value).encode()
-        digest.update(len(data).to_bytes(8, "big") + data)
+        parts += (len(data).to_bytes(8, "big"), data)
+    digest.update(b"".join(parts))
