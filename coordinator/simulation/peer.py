@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.message import Message
 
+from hivegrpo.coordinator.simulation.calls import RETRY_SECONDS, Call
 from hivegrpo.coordinator.simulation.sequencer import PATIENCE_SECONDS, Session, Told
 from hivegrpo.coordinator.simulation.stubs import envelope
 from hivegrpo.protocol import hivegrpo_pb2 as pb
@@ -18,9 +19,6 @@ from hivegrpo.protocol.history import Record
 if TYPE_CHECKING:
     from hivegrpo.coordinator.simulation.exchange import Exchange
     from hivegrpo.coordinator.simulation.world import World
-
-RETRY_SECONDS = 1.0
-"""Pause before a call that failed is made again."""
 
 DRAIN_SECONDS = 60.0
 """That a peer which wants to leave gives the round that counts on it."""
@@ -190,7 +188,7 @@ class SimulatedPeer:
         if not isinstance(signed, pb.Signed):
             payload = message.SerializeToString(deterministic=True)
             signed = envelope(message.DESCRIPTOR.name, payload, self.name)
-        _Call(self, signed, matters, taken, self._world).make()
+        Call(self, signed, matters, taken, self._world).make()
 
     # Versions.
 
@@ -366,47 +364,3 @@ class SimulatedPeer:
     def audited(self, exchange: "Exchange", span: int) -> bytes:
         """The root that it finds for a span."""
         return exchange.span_root(span)
-
-
-class _Call:
-    """One report under way: the request or its answer may be lost, or the coordinator down; then it is made again."""
-
-    __slots__ = ("_life", "_matters", "_peer", "_signed", "_taken", "_world")
-
-    def __init__(
-        self,
-        peer: SimulatedPeer,
-        signed: pb.Signed,
-        matters: Callable[[], bool],
-        taken: Callable[[bool, str], None],
-        world: "World",
-    ) -> None:
-        self._peer = peer
-        self._life = peer.life
-        self._signed = signed
-        self._matters = matters
-        self._taken = taken
-        self._world = world
-
-    def make(self) -> None:
-        if self._life != self._peer.life or not self._matters():
-            return
-        world = self._world
-        if world.network.carries(self._peer):
-            world.scheduler.after(world.network.delay(), self._arrive)
-        else:
-            world.scheduler.after(RETRY_SECONDS, self.make)
-
-    def _arrive(self) -> None:
-        self._world.sequencer.report(self._signed, self._peer.name, self._answer)
-
-    def _answer(self, accepted: bool | None, reason: str) -> None:
-        world = self._world
-        if accepted is None or not world.network.carries(self._peer):
-            world.scheduler.after(RETRY_SECONDS, self.make)
-        else:
-            world.scheduler.after(world.network.delay(), self._end, accepted, reason)
-
-    def _end(self, accepted: bool, reason: str) -> None:
-        if self._life == self._peer.life:
-            self._taken(accepted, reason)
