@@ -1,7 +1,6 @@
 .PHONY: install test parity fuzz lint demo proto \
 	bench bench-joins bench-wan bench-attacks bench-rounds bench-codecs bench-quality bench-solo bench-learning \
-	bench-memory bench-watch bench-coordinator \
-	bench-crashes
+	bench-memory bench-watch bench-coordinator bench-crashes bench-simulate
 .DEFAULT_GOAL := install
 
 PYTHON ?= python3
@@ -76,6 +75,9 @@ bench-coordinator: install  ## the coordinator's start from a million events, an
 
 bench-crashes: install  ## the coordinator, killed at fifty random writes over loopback
 	PYTHONPATH=tests $(BIN)/python benchmarks/crashes.py
+
+bench-simulate: install  ## how long large swarms take to simulate, and a sweep of 500 random seeds
+	$(BIN)/python benchmarks/simulate.py
 
 fuzz: install  ## every decoder and handler, for longer than the tests do
 	HIVEGRPO_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest --timeout=3600 tests/test_fuzz_decoders.py tests/test_fuzz_handlers.py

@@ -200,6 +200,32 @@ def watch(
     launch(address, run_id=run_id, home=home, first=first, once=once, as_json=as_json)
 
 
+@app.command()
+def simulate(
+    peers: Annotated[int, typer.Option(min=1, max=100_000, help="Peers at the beginning.")] = 100,
+    rounds: Annotated[int, typer.Option(min=1, max=100_000, help="Versions to commit.")] = 20,
+    seed: Annotated[
+        int | None, typer.Option(help="The same seed gives the same history; a fresh one if left out.")
+    ] = None,
+    faults: Annotated[
+        str,
+        typer.Option(help='"none", "all", or rates: churn=0.2,loss=0.05,crashes,coordinator,partitions,slow,liars.'),
+    ] = "none",
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="A run.toml whose [grpo], [averaging] and [timing] count.")
+    ] = None,
+    values: Annotated[int, typer.Option(min=1, help="Length of the vector that is averaged.")] = 400_000,
+    speed: Annotated[float, typer.Option(min=0.001, help="Groups a second of the median peer.")] = 0.5,
+    upload_mbit: Annotated[float, typer.Option(min=0.1, help="Mbit/s that the median peer uploads.")] = 20.0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Try a swarm before there is one: the real coordinator with simulated peers, faults and time, in one process."""
+    from hivegrpo.cli.simulate import run_simulation
+
+    numbers = {"peers": peers, "rounds": rounds, "values": values, "speed": speed, "upload_mbit": upload_mbit}
+    run_simulation(numbers, seed=seed, faults=faults, config=config, as_json=as_json)
+
+
 @app.command("verify-span")
 def verify_span(
     file: Annotated[Path, typer.Argument(help="A proof of fault, as peers and coordinators keep them.")],

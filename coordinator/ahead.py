@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.planning import lease_payload, positions_for, wants_evaluation
 from hivegrpo.coordinator.round import Ahead, Granted
+from hivegrpo.coordinator.speeds import even_share
 from hivegrpo.coordinator.state import Phase, State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 
@@ -62,7 +63,7 @@ def miss_ahead(state: State, peer: str) -> None:
 def grant_ahead(state: State, lease: pb.Lease, payload: bytes, at: float) -> None:
     """Apply a grant."""
     ahead = state.ahead
-    ahead.leases[lease.id] = Granted(lease, payload, at)
+    ahead.leases[lease.id] = Granted(lease, payload, at, at)
     ahead.holders[lease.peer] = lease.id
     ahead.waiting.pop(lease.peer, None)
     ahead.wanted += lease.wanted
@@ -89,9 +90,9 @@ def adopt_ahead(state: State, at: float) -> None:
     for lease_id, granted in ahead.leases.items():
         lease = granted.message
         assert lease.version == state.version
-        state.leases[lease_id] = Granted(lease, granted.payload, at)
+        state.leases[lease_id] = Granted(lease, granted.payload, at, granted.since)
         state.members[lease.peer].lease = lease_id
-        state.unserved.pop(lease.peer, None)
+        state.unserved.discard(lease.peer)
         state.idle.pop(lease.peer, None)
         current.served[lease.peer] = lease_id
         current.rollout_at = at
@@ -112,7 +113,7 @@ def _expiries(state: State, now: float) -> Iterator[ev.LeaseExpired]:
 
 
 def _grants(state: State, now: float) -> Iterator[ev.LeaseGranted]:
-    """An even share for each connected contributor; what is left is for the others, when the version is committed."""
+    """A share for each connected contributor, by its pace; what is left is for the others, at the commit."""
     config, ahead, coming = state.terms.config, state.ahead, state.round.version
     remaining = config.grpo.prompts_per_round - ahead.wanted
     if state.phase not in (Phase.EXCHANGE, Phase.STEP) or coming >= config.run.versions:
@@ -123,7 +124,9 @@ def _grants(state: State, now: float) -> Iterator[ev.LeaseGranted]:
     evaluate = wants_evaluation(coming, config) and not ahead.evaluating
     book = state.positions.copy()
     for lease_id, peer in enumerate(ahead.waiting, start=state.next_lease):
-        share = -(-remaining // without)
+        even = even_share(remaining, without)
+        pacing = state.round.pacing
+        share = min(-(-even * pacing.pace(state.speeds.get(peer)) // pacing.fresh), remaining)
         run = book.pick(positions_for(share, config.grpo))
         book.take(run)
         wanted = min(share, len(run))

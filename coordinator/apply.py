@@ -6,7 +6,8 @@ from typing import assert_never
 from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.ahead import adopt_ahead, await_ahead, expire_ahead, grant_ahead, meet_ahead, miss_ahead
 from hivegrpo.coordinator.rates import follow
-from hivegrpo.coordinator.round import EVALUATION_PREFIX, Attempt, Audit, Granted, Held, Round, ballot_of, empty_pause
+from hivegrpo.coordinator.round import EVALUATION_PREFIX, Attempt, Audit, Granted, Held, Round, empty_pause
+from hivegrpo.coordinator.speeds import Pacing, Waiting, observe, observe_at_most
 from hivegrpo.coordinator.state import Ban, Head, Member, Phase, State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.audits import draw, seed_of
@@ -30,10 +31,10 @@ def apply(state: State, event: ev.Event) -> None:
             state.members[peer].reachable = reachable
         case ev.LeaseGranted(at=at, payload=payload):
             _grant(state, payload, at)
-        case ev.LeaseExpired(lease=lease):
-            _expire(state, lease)
-        case ev.ContributionReceived(signed=signed):
-            _contribute(state, parse(pb.Signed, signed))
+        case ev.LeaseExpired(at=at, lease=lease):
+            _expire(state, lease, at)
+        case ev.ContributionReceived(at=at, signed=signed):
+            _contribute(state, parse(pb.Signed, signed), at)
         case ev.ContributionRejected(peer=peer):
             _reject(state, peer)
         case ev.RolloutClosed(at=at):
@@ -79,8 +80,8 @@ def _start(state: State, at: float) -> None:
     current = state.round
     for peer in current.absent:
         current.absent[peer] = at
-    for lease in state.leases.values():
-        lease.at = at
+    for lease in (*state.leases.values(), *state.ahead.leases.values()):
+        lease.at, lease.since = at, None
     if current.rollout_at is not None:
         current.rollout_at = at
     current.closed_at = at
@@ -102,6 +103,7 @@ def _join(state: State, event: ev.PeerJoined) -> None:
         member.addresses, member.agent = event.addresses, event.agent
         member.connected, member.left, member.since = True, False, event.at
     state.connected[event.peer] = None
+    state.holding.pop(event.peer, None)  # its addresses may be others than before
     state.round.absent.pop(event.peer, None)
     meet_ahead(state, event.peer)
     _offer(state, event.peer)
@@ -112,7 +114,8 @@ def _disconnect(state: State, peer: str, at: float) -> None:
     if not member.connected:
         return
     member.connected, member.since = False, at
-    for group in (state.connected, state.unserved, state.idle):
+    state.unserved.discard(peer)
+    for group in (state.connected, state.idle, state.holding):
         group.pop(peer, None)
     miss_ahead(state, peer)
     if member.lease is not None or peer in state.round.contributions:
@@ -134,11 +137,14 @@ def _hold(state: State, peer: str, version: int, root: bytes) -> None:
 
 
 def _offer(state: State, peer: str) -> None:
-    """Note that a peer could be leased work, if so."""
+    """Note that a peer could be leased work, and that it could serve the head, if so."""
     member = state.members[peer]
+    holds = member.connected and member.ready == max(state.version, 0)
+    if holds and member.addresses:
+        state.holding[peer] = None
     if member.connected and peer not in state.round.served:
-        state.unserved[peer] = None
-        if member.ready == max(state.version, 0):
+        state.unserved.add(peer, state.round.pacing.pace(state.speeds.get(peer)))
+        if holds:
             state.idle[peer] = None
 
 
@@ -148,12 +154,12 @@ def _grant(state: State, payload: bytes, at: float) -> None:
         grant_ahead(state, lease, payload, at)
         return
     current = state.round
-    state.leases[lease.id] = Granted(lease, payload, at)
+    state.leases[lease.id] = Granted(lease, payload, at, at)
     if lease.iteration == 0:
         state.next_lease = lease.id + 1
         state.positions.take(range(lease.start, lease.start + lease.count))
     state.members[lease.peer].lease = lease.id
-    state.unserved.pop(lease.peer, None)
+    state.unserved.discard(lease.peer)
     state.idle.pop(lease.peer, None)
     current.served[lease.peer] = lease.id
     current.leased += lease.wanted
@@ -162,11 +168,14 @@ def _grant(state: State, payload: bytes, at: float) -> None:
         current.rollout_at = at
 
 
-def _expire(state: State, lease_id: int) -> None:
+def _expire(state: State, lease_id: int, at: float) -> None:
     if lease_id in state.ahead.leases:
         expire_ahead(state, lease_id)
         return
+    seconds = _measured(state.leases[lease_id], at)
     lease = _end_lease(state, lease_id)
+    if seconds is not None and lease.peer in state.connected:
+        observe_at_most(state.speeds, lease.peer, lease.wanted, seconds)
     if lease.iteration == 0:
         state.positions.give_back(range(lease.start, lease.start + lease.count))
     current = state.round
@@ -186,10 +195,19 @@ def _end_lease(state: State, lease_id: int) -> pb.Lease:
     return lease
 
 
-def _contribute(state: State, signed: pb.Signed) -> None:
+def _measured(granted: Granted, at: float) -> float | None:
+    """Seconds of sampling alone that a lease has taken, if it has shown them."""
+    lease = granted.message
+    return None if granted.since is None or lease.iteration or lease.evaluate else at - granted.since
+
+
+def _contribute(state: State, signed: pb.Signed, at: float) -> None:
     contribution = parse(pb.Contribution, signed.payload)
     current = state.round
+    seconds = _measured(state.leases[contribution.lease], at)
     lease = _end_lease(state, contribution.lease)
+    if seconds is not None:
+        observe(state.speeds, lease.peer, len(contribution.used) + len(contribution.dropped), seconds)
     if lease.iteration == 0:
         state.positions.give_back(sorted(lease.start + offset for offset in contribution.returned))
         current.spent += min(lease.wanted, len(contribution.used) + len(contribution.dropped))
@@ -244,7 +262,6 @@ def _seal(state: State, payload: bytes, at: float) -> None:
 
 def _vote(state: State, signed: pb.Signed, at: float) -> None:
     report = parse(pb.StepReport, signed.payload)
-    ballot = ballot_of(report)
     current, last = state.round.attempt, state.last
     if current is not None and report.plan == current.digest:
         current.vote(signed.signer, report, at)
@@ -253,7 +270,7 @@ def _vote(state: State, signed: pb.Signed, at: float) -> None:
             current.drawn = draw(current.plan, current.seed, state.terms.config.averaging.audit_rate)
     elif last is not None and report.plan == last.digest:
         last.vote(signed.signer, report, at)
-        if ballot == last.winner():
+        if last.votes[signed.signer] == last.winner():
             _hold(state, signed.signer, report.version, report.state_root)
         else:
             state.standing.charge([signed.signer], report.version)
@@ -303,6 +320,7 @@ def _commit(state: State, payload: bytes) -> None:
             if state.members[peer].ready_root != manifest.state.root:
                 state.members[peer].ready = None
                 del state.idle[peer]
+                state.holding.pop(peer, None)
     if manifest.version == state.terms.config.run.versions:
         state.phase = Phase.FINISHED
 
@@ -325,6 +343,10 @@ def _begin_rollout(state: State) -> None:
     state.round = Round(before.version, attempts=before.attempts, evaluation=before.evaluation)
     state.round.evaluating = bool(before.evaluation)
     state.phase = Phase.ROLLOUT
-    state.unserved = dict(state.connected)
+    state.round.pacing = Pacing.of(state.speeds, state.connected)
+    state.unserved = Waiting()
+    for peer in state.connected:
+        state.unserved.add(peer, state.round.pacing.pace(state.speeds.get(peer)))
     held = state.version
     state.idle = {peer: None for peer in state.connected if state.members[peer].ready == held}
+    state.holding = {peer: None for peer in state.idle if state.members[peer].addresses}

@@ -8,6 +8,8 @@ from hivegrpo.coordinator.state import Phase, State
 
 def end_of_banned(state: State, now: float) -> Iterator[ev.Event]:
     """Events that leave nothing of the banned in the round in flight."""
+    if not state.banned:
+        return
     current = state.round
     for peer, ban in state.banned.items():
         why = f"its peer was banned: {ban.reason}"
@@ -22,7 +24,7 @@ def end_of_banned(state: State, now: float) -> Iterator[ev.Event]:
             yield ev.ContributionRejected(now, peer, lease.id, why, lease.iteration)
     attempt = current.attempt
     if attempt is not None and state.phase in (Phase.EXCHANGE, Phase.STEP):
-        gone = sorted(attempt.roster & state.banned.keys())
+        gone = sorted(peer for peer in state.banned if peer in attempt.roster)
         if gone:
             reason = f"banned from the roster: {', '.join(gone)}"
             yield ev.AttemptFailed(now, current.version, current.attempts, reason)

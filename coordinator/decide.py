@@ -24,6 +24,7 @@ from hivegrpo.coordinator.planning import (
     wants_evaluation,
 )
 from hivegrpo.coordinator.round import EXTRA_SECONDS, LAST_VOTES_SECONDS, Attempt
+from hivegrpo.coordinator.speeds import share_of
 from hivegrpo.coordinator.standing import deniers, withholders
 from hivegrpo.coordinator.state import Phase, State
 
@@ -141,17 +142,21 @@ def _rollout_timers(state: State, deadline: float | None, now: float) -> Iterato
 
 
 def _grants(state: State, now: float) -> Iterator[ev.LeaseGranted]:
-    """Leases for the idle: each gets an even share, among the peers that have none yet, of what is left to lease."""
-    config, current = state.terms.config, state.round
+    """Leases for the idle: each gets a share, by its pace among the peers that have none yet, of what is left to lease.
+
+    As many peers are counted on as a plan has room for.
+    """
+    config, current, unserved = state.terms.config, state.round, state.unserved
     remaining = config.grpo.prompts_per_round - current.leased - current.spent
-    waiting = len(state.unserved)
-    room = LARGEST_ROSTER - len(current.served)
-    if remaining <= 0 or not state.idle or room <= 0:
+    waiting = min(len(unserved), LARGEST_ROSTER - len(current.served))
+    if remaining <= 0 or not state.idle or waiting <= 0:
         return
+    total = unserved.total * waiting // len(unserved)
     book = state.positions.copy()
     evaluate = _to_evaluate(state)
     for lease_id, peer in enumerate(state.idle, start=state.next_lease):
-        share = -(-remaining // waiting)
+        pace = unserved.paces[peer]
+        share = share_of(remaining, waiting, pace, max(total, pace))
         run = book.pick(positions_for(share, config.grpo))
         book.take(run)
         wanted = min(share, len(run))
@@ -159,8 +164,8 @@ def _grants(state: State, now: float) -> Iterator[ev.LeaseGranted]:
         evaluate = False
         remaining -= wanted
         waiting -= 1
-        room -= 1
-        if remaining <= 0 or room <= 0:
+        total -= pace
+        if remaining <= 0 or waiting <= 0:
             return
 
 
@@ -227,8 +232,11 @@ def _exchange(state: State, attempt: Attempt, now: float) -> Decision:
 
 def _step(state: State, attempt: Attempt, now: float) -> Decision:
     timing = state.terms.config.timing
-    absent = {peer: since + timing.grace for peer, since in state.round.absent.items() if peer in attempt.roster}
-    away = {peer: limit for peer, limit in absent.items() if peer not in attempt.votes}
+    away = {
+        peer: since + timing.grace
+        for peer, since in state.round.absent.items()
+        if peer in attempt.roster and peer not in attempt.votes
+    }
     if attempt.quorum_at is not None:
         last = attempt.quorum_at + LAST_VOTES_SECONDS
         if len(attempt.votes) + len(away) >= len(attempt.roster) or now >= last:
@@ -239,7 +247,7 @@ def _step(state: State, attempt: Attempt, now: float) -> Decision:
     gone = sum(1 for limit in away.values() if now >= limit)
     if leading + open_votes < attempt.quorum:
         return _fail(state, now, f"the votes disagree: {len(attempt.tally)} different results")
-    reducers = {reducer.peer for reducer in attempt.plan.reducers}
+    reducers = {reducer.peer for reducer in attempt.plan.reducers} if gone else ()
     lost = [peer for peer, limit in away.items() if peer in reducers and now >= limit]
     if leading + open_votes - gone < attempt.quorum:
         return _fail(state, now, "too few of the roster are left for a quorum", lost)

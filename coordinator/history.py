@@ -14,9 +14,13 @@ from hivegrpo.protocol.history import Record
 def read_records(log: EventLog) -> Iterator[Record]:
     """First {"kind": "run", "run_id"}, then one record an event, oldest first."""
     yield {"kind": "run", "run_id": log.run_id}
-    for event in log.replay():
-        kind, record = _describe(event)
-        yield {"kind": kind, "at": event.at, **record}
+    yield from map(record_of, log.replay())
+
+
+def record_of(event: ev.Event) -> Record:
+    """One event as a record."""
+    kind, record = _describe(event)
+    return {"kind": kind, "at": event.at, **record}
 
 
 def _describe(event: ev.Event) -> tuple[str, Record]:

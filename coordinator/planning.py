@@ -93,10 +93,11 @@ def plan_payload(state: State, peers: Sequence[str]) -> bytes | None:
     chunks = chunk_count(state.terms.values)
     if not reachable:
         return None
-    if current.tries > 1:
-        reachable = sorted(_draw(reachable, head.digest, current.attempts + 1))
     if len(reachable) > MAX_REDUCERS:
         reachable = sorted(sorted(reachable, key=lambda peer: -state.rates.get(peer, 0.0))[:MAX_REDUCERS])
+    if current.tries > 1:
+        count = max(1, len(reachable) >> (current.tries - 1))
+        reachable = sorted(_draw(reachable, head.digest, current.attempts + 1, count))
     sizes = shares(chunks, [state.rates.get(peer) for peer in reachable], len(roster))
     optimizer = config.optimizer
     scalars = StepScalars.for_step(
@@ -137,10 +138,13 @@ def _reachable(state: State, roster: Sequence[str]) -> list[str]:
     return [peer for peer in named if state.members[peer].reachable is not False] or named
 
 
-def _draw(peers: Sequence[str], head: bytes, attempt: int) -> list[str]:
-    """Half of the peers, by lot: who spoils attempts as a reducer is soon in a plan without that job."""
-    order = sorted(peers, key=lambda peer: digest_of(head + f"{attempt} {peer}".encode()))
-    return order[: max(1, len(order) // 2)]
+def _draw(peers: Sequence[str], head: bytes, attempt: int, count: int) -> list[str]:
+    """So many of the peers, by lot: half as many after each further attempt that failed.
+
+    Who spoils attempts as a reducer is soon in a plan without that job, and the fewer reducers there are, the less it
+    matters that peers die: in a large swarm one of 64 does in most exchanges.
+    """
+    return sorted(peers, key=lambda peer: digest_of(head + f"{attempt} {peer}".encode()))[:count]
 
 
 def seal_payload(attempt: Attempt) -> bytes | None:
@@ -149,7 +153,9 @@ def seal_payload(attempt: Attempt) -> bytes | None:
     sealed = [contributor for contributor in attempt.plan.contributors if contributor.peer in complete]
     if not sealed:
         return None
-    norms = [sum(report[contributor.peer] for report in attempt.reports.values()) for contributor in sealed]
+    peers = [contributor.peer for contributor in sealed]
+    by_reducer = [[report[peer] for peer in peers] for report in attempt.reports.values()]
+    norms = [sum(norms) for norms in zip(*by_reducer, strict=True)]
     bits = coefficients(attempt.plan.rule, [contributor.weight for contributor in sealed], norms)
     seal = pb.Seal(
         plan=attempt.digest,

@@ -95,11 +95,10 @@ def _roster(state: State) -> tuple[str, ...]:
 
 def _welcome(state: State, asking: str) -> bytes:
     """The head, and peers that hold it and can be dialled."""
-    holders: list[pb.Endpoint] = []
-    for peer in state.connected:
-        member = state.members[peer]
-        if peer != asking and member.addresses and member.ready == state.version:
-            holders.append(pb.Endpoint(peer=peer, addresses=member.addresses))
-            if len(holders) == MAX_HOLDERS:
+    welcome = pb.Welcome(head=max(state.version, 0))
+    for peer in state.holding if state.head is not None else ():
+        if peer != asking:
+            welcome.holders.add(peer=peer, addresses=state.members[peer].addresses)
+            if len(welcome.holders) == MAX_HOLDERS:
                 break
-    return pb.Welcome(head=max(state.version, 0), holders=holders).SerializeToString(deterministic=True)
+    return welcome.SerializeToString(deterministic=True)

@@ -7,6 +7,9 @@ banned (the peer, for good).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.message import Message
 
 from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.round import Attempt, ballot_of
@@ -19,8 +22,9 @@ from hivegrpo.protocol.checks import (
     check_sender_report,
     check_step_report,
 )
-from hivegrpo.protocol.envelope import open_signed
+from hivegrpo.protocol.envelope import Opened, Verify, open_signed
 from hivegrpo.protocol.errors import FrameError
+from hivegrpo.protocol.identity import verify as verify_signature
 
 MAX_REASON = 200
 
@@ -34,24 +38,18 @@ class Verdict:
     events: tuple[ev.Event, ...] = ()
 
 
-def judge(state: State, signed: pb.Signed, peer: str, run_id: str, now: float) -> Verdict:
+def judge(
+    state: State, signed: pb.Signed, peer: str, run_id: str, now: float, verify: Verify = verify_signature
+) -> Verdict:
     """Judge a report that `peer` sent. WireError if it is not properly signed by that peer, or malformed."""
-    judges = {
-        "Ready": _judge_ready,
-        "Contribution": _judge_contribution,
-        "SenderReport": _judge_senders,
-        "StepReport": _judge_step,
-        "AuditReport": _judge_audit,
-        "Leave": _judge_leave,
-    }
-    judge_one: Callable[[State, pb.Signed, str, str, float], Verdict] | None = judges.get(signed.type)
-    if judge_one is None:
+    if signed.type not in _JUDGES:
         raise FrameError(f"a report of unknown type {signed.type[:40]!r}")
     if peer not in state.members:
         return Verdict(False, "unknown: this peer has not joined")
     if peer in state.banned:
         return Verdict(False, f"banned: {state.banned[peer].reason}")
-    return judge_one(state, signed, peer, run_id, now)
+    kind, judge_one = _JUDGES[signed.type]
+    return judge_one(state, open_signed(signed, run_id, kind, peer, verify), now)
 
 
 def open_heartbeat(signed: pb.Signed, peer: str, run_id: str) -> pb.Heartbeat:
@@ -63,8 +61,8 @@ def open_heartbeat(signed: pb.Signed, peer: str, run_id: str) -> pb.Heartbeat:
     return heartbeat
 
 
-def _judge_ready(state: State, signed: pb.Signed, peer: str, run_id: str, now: float) -> Verdict:
-    ready = open_signed(signed, run_id, pb.Ready, signer=peer).message
+def _judge_ready(state: State, opened: Opened[pb.Ready], now: float) -> Verdict:
+    ready, peer = opened.message, opened.signer
     check_digest(ready.state_root, "the state root")
     version = max(state.version, 0)
     if ready.version != version:
@@ -80,9 +78,8 @@ def _judge_ready(state: State, signed: pb.Signed, peer: str, run_id: str, now: f
     return Verdict(True, events=(ev.PeerReady(now, peer, ready.version, ready.state_root),))
 
 
-def _judge_contribution(state: State, signed: pb.Signed, peer: str, run_id: str, now: float) -> Verdict:
-    opened = open_signed(signed, run_id, pb.Contribution, signer=peer)
-    contribution = opened.message
+def _judge_contribution(state: State, opened: Opened[pb.Contribution], now: float) -> Verdict:
+    contribution, peer = opened.message, opened.signer
     known = _known_contribution(state, peer, contribution)
     if known is not None:
         if known == opened.digest:
@@ -101,7 +98,7 @@ def _judge_contribution(state: State, signed: pb.Signed, peer: str, run_id: str,
         return Verdict(False, f"{kind}: lease {contribution.lease} is for version {leased[0]}, iteration {leased[1]}")
     rollout = state.round.rollouts[peer].message.used if lease.message.iteration else None
     check_contribution(contribution, lease.message, rollout)
-    return Verdict(True, events=(ev.ContributionReceived(now, signed.SerializeToString()),))
+    return Verdict(True, events=(ev.ContributionReceived(now, opened.signed.SerializeToString()),))
 
 
 def _place(message: pb.Lease | pb.Contribution) -> tuple[int, int]:
@@ -117,22 +114,21 @@ def _known_contribution(state: State, peer: str, contribution: pb.Contribution) 
     return state.last_lease_digests.get(name)
 
 
-def _judge_senders(state: State, signed: pb.Signed, peer: str, run_id: str, now: float) -> Verdict:
-    report = open_signed(signed, run_id, pb.SenderReport, signer=peer).message
+def _judge_senders(state: State, opened: Opened[pb.SenderReport], now: float) -> Verdict:
+    report, peer = opened.message, opened.signer
     attempt = state.round.attempt
     if attempt is None or report.plan != attempt.digest:
         return Verdict(False, f"stale: plan {report.plan.hex()[:16]} is not the current one")
     if all(reducer.peer != peer for reducer in attempt.plan.reducers):
         return Verdict(False, "invalid: this peer is no reducer of the plan")
-    check_sender_report(report, attempt.plan)
+    check_sender_report(report, attempt.roster)
     if peer in attempt.reports:
         return _again(attempt.reports[peer].keys() == {complete.peer for complete in report.complete}, "report")
-    return Verdict(True, events=(ev.SendersReported(now, signed.SerializeToString()),))
+    return Verdict(True, events=(ev.SendersReported(now, opened.signed.SerializeToString()),))
 
 
-def _judge_step(state: State, signed: pb.Signed, peer: str, run_id: str, now: float) -> Verdict:
-    opened = open_signed(signed, run_id, pb.StepReport, signer=peer)
-    report = opened.message
+def _judge_step(state: State, opened: Opened[pb.StepReport], now: float) -> Verdict:
+    report, peer = opened.message, opened.signer
     attempt = attempt_of(state, report.plan)
     if attempt is None:
         return Verdict(False, f"stale: plan {report.plan.hex()[:16]} is neither the current one nor the last version's")
@@ -143,7 +139,7 @@ def _judge_step(state: State, signed: pb.Signed, peer: str, run_id: str, now: fl
         return Verdict(False, "invalid: the plan was sealed otherwise, or is for another version")
     if peer in attempt.votes:
         return _again(attempt.votes[peer] == ballot_of(report), "vote")
-    return Verdict(True, events=(ev.StepReported(now, signed.SerializeToString()),))
+    return Verdict(True, events=(ev.StepReported(now, opened.signed.SerializeToString()),))
 
 
 def attempt_of(state: State, plan: bytes) -> Attempt | None:
@@ -158,9 +154,9 @@ def _again(same: bool, what: str) -> Verdict:
     return Verdict(True) if same else Verdict(False, f"refused: this peer's {what} was another one")
 
 
-def _judge_audit(state: State, signed: pb.Signed, peer: str, run_id: str, now: float) -> Verdict:
+def _judge_audit(state: State, opened: Opened[pb.AuditReport], now: float) -> Verdict:
     """An auditor may report before its turn: what it says counts when that comes (`audits.unaudited`)."""
-    report = open_signed(signed, run_id, pb.AuditReport, signer=peer).message
+    report, peer = opened.message, opened.signer
     attempt = attempt_of(state, report.plan)
     if attempt is None:
         return Verdict(False, f"stale: plan {report.plan.hex()[:16]} is neither the current one nor the last version's")
@@ -173,11 +169,22 @@ def _judge_audit(state: State, signed: pb.Signed, peer: str, run_id: str, now: f
     known = attempt.audits.get(report.span, {}).get(peer)
     if known is not None:
         return _again(known.content == report.content, "audit")
-    return Verdict(True, events=(ev.AuditReported(now, signed.SerializeToString()),))
+    return Verdict(True, events=(ev.AuditReported(now, opened.signed.SerializeToString()),))
 
 
-def _judge_leave(state: State, signed: pb.Signed, peer: str, run_id: str, now: float) -> Verdict:
-    leave = open_signed(signed, run_id, pb.Leave, signer=peer).message
+def _judge_leave(state: State, opened: Opened[pb.Leave], now: float) -> Verdict:
+    leave, peer = opened.message, opened.signer
     if state.members[peer].left:
         return Verdict(True)
     return Verdict(True, events=(ev.PeerLeft(now, peer, leave.reason[:MAX_REASON]),))
+
+
+_JUDGES: dict[str, tuple[type[Message], Callable[[State, Opened[Any], float], Verdict]]] = {
+    "Ready": (pb.Ready, _judge_ready),
+    "Contribution": (pb.Contribution, _judge_contribution),
+    "SenderReport": (pb.SenderReport, _judge_senders),
+    "StepReport": (pb.StepReport, _judge_step),
+    "AuditReport": (pb.AuditReport, _judge_audit),
+    "Leave": (pb.Leave, _judge_leave),
+}
+"""By the type of the report: what it is, and who judges it."""

@@ -3,8 +3,10 @@
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+from hivegrpo.coordinator.speeds import Pacing
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.audits import Draw
+from hivegrpo.protocol.audits import TURNS, Draw
+from hivegrpo.protocol.config import RunConfig
 
 EXTRA_SECONDS = 2.0
 """Beyond a plan's own durations, for messages that are under way."""
@@ -26,12 +28,21 @@ EVALUATION_PREFIX = "eval/"
 
 def ballot_of(report: pb.StepReport) -> Ballot:
     """What a step report votes for."""
-    return report.state_root, tuple((span.root, span.size) for span in report.spans)
+    return report.state_root, tuple([(span.root, span.size) for span in report.spans])
 
 
 def empty_pause(rounds: int) -> float:
     """Seconds without leases after so many empty rounds in a row: none after one, which may be bad luck."""
     return 0.0 if rounds < 2 else min(EMPTY_SECONDS * 2.0 ** min(rounds - 2, 30), MOST_EMPTY_SECONDS)
+
+
+def longest_round(config: RunConfig) -> float:
+    """Seconds from a round's first contribution to its commit, or until it is given up: the bound of all waits."""
+    timing = config.timing
+    attempt = timing.grace + timing.exchange + EXTRA_SECONDS + timing.step + EXTRA_SECONDS + LAST_VOTES_SECONDS
+    if config.averaging.audit_rate > 0.0:
+        attempt += timing.exchange + TURNS * timing.audit + EXTRA_SECONDS
+    return timing.lease + timing.max_attempts * attempt
 
 
 @dataclass(slots=True)
@@ -41,6 +52,9 @@ class Granted:
     message: pb.Lease
     payload: bytes
     at: float
+    """From here on its time runs: its grant, the commit of its version if it was granted ahead, or a restart."""
+    since: float | None
+    """When its peer could begin; None if that tells nothing of its speed, as after a restart."""
 
 
 @dataclass(slots=True)
@@ -122,10 +136,12 @@ class Attempt:
 
     def take_report(self, reducer: str, report: pb.SenderReport) -> None:
         """Note a reducer's only report."""
-        self.reports[reducer] = {
-            complete.peer: int.from_bytes(complete.norm_squared, "big") for complete in report.complete
-        }
-        self.pushes[reducer] = {complete.peer: complete.seconds for complete in report.complete}
+        norms, seconds = dict[str, int](), dict[str, float]()
+        for complete in report.complete:
+            peer = complete.peer
+            norms[peer] = int.from_bytes(complete.norm_squared, "big")
+            seconds[peer] = complete.seconds
+        self.reports[reducer], self.pushes[reducer] = norms, seconds
         self.refused[reducer] = {item.peer: item.reason for item in report.refused}
 
     def vote(self, peer: str, report: pb.StepReport, at: float) -> None:
@@ -166,6 +182,8 @@ class Round:
     """Groups that live leases want."""
     spent: int = 0
     """Groups that contributions used, or dropped in vain: never more of a lease than it wanted."""
+    pacing: Pacing = field(default_factory=Pacing)
+    """What peers' speeds are measured by in it."""
     rollout_at: float | None = None
     """When the first lease was granted."""
     closed_at: float = 0.0

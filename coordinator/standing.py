@@ -68,10 +68,13 @@ def deniers(attempt: Attempt, standing: Standing) -> dict[str, str]:
     found: dict[str, str] = {}
     if len(attempt.reports) < 2:
         return found
-    for sender in sorted(attempt.roster):
-        lacking = [reducer for reducer, complete in attempt.reports.items() if sender not in complete]
-        if len(lacking) == 1 and lacking != [sender] and standing.charges(sender) <= standing.charges(lacking[0]):
-            found.setdefault(lacking[0], sender)
+    lacking: dict[str, list[str]] = {}
+    for reducer, complete in attempt.reports.items():
+        for sender in attempt.roster.difference(complete):
+            lacking.setdefault(sender, []).append(reducer)
+    for sender, reducers in sorted(lacking.items()):
+        if len(reducers) == 1 and reducers != [sender] and standing.charges(sender) <= standing.charges(reducers[0]):
+            found.setdefault(reducers[0], sender)
     return found
 
 

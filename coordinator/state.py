@@ -7,6 +7,7 @@ from typing import Self
 
 from hivegrpo.coordinator.positions import Positions
 from hivegrpo.coordinator.round import Ahead, Attempt, Granted, Round
+from hivegrpo.coordinator.speeds import Waiting
 from hivegrpo.coordinator.standing import Standing
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.config import RunConfig
@@ -112,10 +113,12 @@ class State:
     members: dict[str, Member] = field(default_factory=dict)
     banned: dict[str, Ban] = field(default_factory=dict)
     connected: dict[str, None] = field(default_factory=dict)
-    unserved: dict[str, None] = field(default_factory=dict)
+    unserved: Waiting = field(default_factory=Waiting)
     """Connected peers without a lease or a contribution in this round."""
     idle: dict[str, None] = field(default_factory=dict)
     """Those of the unserved that hold the head (in genesis: that reported a root of version 0)."""
+    holding: dict[str, None] = field(default_factory=dict)
+    """Connected peers that hold the head, and can be dialled: who joins is told of them."""
     leases: dict[int, Granted] = field(default_factory=dict)
     """Live leases by id, oldest first."""
     ahead: Ahead = field(default_factory=Ahead)
@@ -124,6 +127,8 @@ class State:
     positions: Positions = field(default_factory=Positions)
     rates: dict[str, float] = field(default_factory=dict)
     """Upload rates of peers, bytes a second, as far as others saw enough of them."""
+    speeds: dict[str, float] = field(default_factory=dict)
+    """Groups a second that peers work, as far as their contributions have shown it."""
     standing: Standing = field(default_factory=Standing)
     empty_rounds: int = 0
     """Rounds in a row in which nothing could be learnt."""

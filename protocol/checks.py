@@ -5,7 +5,7 @@ Signatures say who wrote a message; these say that it makes sense on its own. Al
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.chunks import chunk_count
@@ -130,17 +130,19 @@ def check_plan(plan: pb.RoundPlan) -> None:
     check_seconds(plan.audit_seconds, "the audit's duration")
 
 
-def check_sender_report(report: pb.SenderReport, plan: pb.RoundPlan) -> None:
+def check_sender_report(report: pb.SenderReport, roster: Set[str]) -> None:
     """Names each complete sender of the plan's roster at most once, with an exact norm of bounded size."""
-    peers = [complete.peer for complete in report.complete]
-    if len(set(peers)) != len(peers) or not set(peers) <= {contributor.peer for contributor in plan.contributors}:
+    peers = set()
+    for complete in report.complete:
+        peers.add(complete.peer)
+        if len(complete.norm_squared) > MAX_NORM_BYTES:
+            raise FrameError("a norm is longer than any fp32 vector's")
+        if not 0.0 <= complete.seconds <= MAX_SECONDS:
+            raise FrameError("a push took no such time")
+    if len(peers) != len(report.complete) or not peers <= roster:
         raise FrameError("a sender is named twice, or is not in the plan's roster")
-    if any(len(complete.norm_squared) > MAX_NORM_BYTES for complete in report.complete):
-        raise FrameError("a norm is longer than any fp32 vector's")
-    if not all(0.0 <= complete.seconds <= MAX_SECONDS for complete in report.complete):
-        raise FrameError("a push took no such time")
-    refused = [item.peer for item in report.refused]
-    if len(set(refused)) != len(refused) or not set(refused) <= {item.peer for item in plan.contributors} - set(peers):
+    refused = {item.peer for item in report.refused}
+    if len(refused) != len(report.refused) or not refused <= roster or refused & peers:
         raise FrameError("a sender was refused twice, is complete as well, or is not in the plan's roster")
     if any(len(item.reason) > MAX_REFUSED_REASON for item in report.refused):
         raise FrameError("a refusal's reason is too long")
@@ -169,11 +171,9 @@ def check_step_report(report: pb.StepReport, plan: pb.RoundPlan) -> None:
     check_metrics(report.metrics)
     if len(report.spans) != len(plan.reducers):
         raise FrameError(f"{len(report.spans)} spans for {len(plan.reducers)} reducers")
-    for span in report.spans:
-        check_digest(span.root, "a span's root")
-    if len(report.receipts) != len(plan.reducers) or any(
-        len(receipt) != SIGNATURE_BYTES for receipt in report.receipts
-    ):
+    if {len(span.root) for span in report.spans} != {DIGEST_BYTES}:
+        raise FrameError(f"the root of a span does not have {DIGEST_BYTES} bytes")
+    if len(report.receipts) != len(plan.reducers) or set(map(len, report.receipts)) != {SIGNATURE_BYTES}:
         raise FrameError("a vote has one receipt's signature a span")
     if len(report.seconds) not in (0, len(plan.reducers)) or not all(0.0 <= s <= MAX_SECONDS for s in report.seconds):
         raise FrameError("a vote has one duration a span, or none")

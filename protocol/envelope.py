@@ -4,6 +4,7 @@ A signature covers, each part preceded by its length as 4 bytes big-endian:
 "hivegrpo/1", the message's type, the run id, the payload. So no signature serves for another type or run.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Generic, TypeVar
@@ -18,6 +19,9 @@ PROTOCOL = "hivegrpo/1"
 DIGEST_BYTES = 32
 
 M = TypeVar("M", bound=Message)
+
+Verify = Callable[[str, bytes, bytes], None]
+"""(peer id, signature, signed bytes) -> nothing; SignatureError if it is not that peer's signature."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +56,10 @@ def sign(identity: Identity, run_id: str, message: Message) -> pb.Signed:
     return sign_payload(identity, run_id, message.DESCRIPTOR.name, message.SerializeToString(deterministic=True))
 
 
-def open_signed(envelope: pb.Signed | bytes, run_id: str, kind: type[M], signer: str | None = None) -> Opened[M]:
-    """Verify and parse.
+def open_signed(
+    envelope: pb.Signed | bytes, run_id: str, kind: type[M], signer: str | None = None, verify: Verify = verify
+) -> Opened[M]:
+    """Verify and parse. A simulation, whose peers have no keys, brings its own `verify`.
 
     SignatureError if the type, the signer (where one is required) or the signature is not as expected;
     FrameError if the bytes do not parse.

@@ -1,13 +1,15 @@
 """Whether a run kept its promises, judged from what the coordinator and the peers wrote down.
 
-`check` covers invariants 1 to 6 of the architecture:
+`Checker` takes the coordinator's records one by one, in memory that grows by little more than what counts; `check` is
+the same for histories that are there as a whole. They cover the invariants of the architecture:
 
 1. same version, same state root, on every honest peer;
 2. a contribution that was acknowledged is in exactly one manifest, or rejected with a reason;
 3. nothing counts twice: no prompt position (but in the iterations of one lease), no contribution, no version;
 4. one chain: no fork, no gap, across crashes of anything;
 5. every committed span equals its rule applied to the sealed chunks;
-6. no honest peer is banned: each ban names a blob, and that proves a fault of the peer.
+6. no honest peer is banned: each ban names a blob, and that proves a fault of the peer;
+7. once nothing goes wrong any more, the next version is committed within a stated time.
 
 The coordinator's records are those of `coordinator.history.read_records`. Of a peer's records it reads "version"
 {version, state_root, manifest} and "contribution_acked" {lease, iteration}. A record without an iteration is of the
@@ -15,7 +17,8 @@ first one, 0.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from hivegrpo.protocol.history import Record
 from hivegrpo.protocol.scalars import fp32_bits
@@ -35,23 +38,33 @@ class Violation:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class Calm:
+    """From `begin` to `end` nothing went wrong: a version has to be committed within `within` seconds of `begin`.
+
+    Times are those of the coordinator's records. Whoever knows of the faults says so; a run that is finished by then
+    has nothing to commit, and no calm.
+    """
+
+    begin: float
+    end: float
+    within: float
+
+
 def check(
     coordinator: Iterable[Record],
     peers: Mapping[str, Iterable[Record]],
     recompute: Recompute | None = None,
     judge: Judge | None = None,
+    calm: Iterable[Calm] = (),
 ) -> list[Violation]:
-    """All violations; empty if the histories are as they should be. Invariant 5 needs `recompute`, 6 `judge`."""
-    book = _Book()
-    found = [violation for record in coordinator for violation in book.take(record)]
-    found += book.unresolved()
-    for peer, records in sorted(peers.items()):
-        found += _check_peer(peer, records, book)
-    if recompute is not None:
-        found += _check_spans(book, recompute)
-    if judge is not None:
-        found += _check_bans(book, judge)
-    return found
+    """All violations; empty if the histories are as they should be.
+
+    Invariant 5 needs `recompute`, 6 `judge`, and 7 `calm`.
+    """
+    checker = Checker(recompute)
+    found = [violation for record in coordinator for violation in checker.take(record)]
+    return found + checker.finish(peers, judge, calm)
 
 
 Name = tuple[int, int]
@@ -67,32 +80,64 @@ def _words(name: Name) -> str:
     return f"lease {lease}" + (f", iteration {iteration}" if iteration else "")
 
 
-@dataclass(slots=True)
-class _Book:
+def _positions(lease: Record) -> range:
+    return range(lease["start"], lease["start"] + lease["count"])
+
+
+class _Lease(NamedTuple):
+    """What later records are compared with."""
+
+    peer: str
+    positions: range
+
+
+class _Contribution(NamedTuple):
+    """Likewise."""
+
+    version: int
+    used: list[int]
+    weight: int
+    root: str
+
+
+class _Version(NamedTuple):
+    """Likewise."""
+
+    digest: str
+    state_root: str
+    at: float
+
+
+class Checker:
     """What follows from the coordinator's records so far."""
 
-    run_id: str = ""
-    leases: dict[Name, Record] = field(default_factory=dict)
-    newest: int = 0
-    """The highest number of a lease."""
-    live: dict[int, int] = field(default_factory=dict)
-    """Positions that are leased, or used by a contribution that can still count: position -> lease."""
-    spent: dict[int, int] = field(default_factory=dict)
-    """Positions that counted, or can never be used: position -> lease."""
-    contributions: dict[Name, Record] = field(default_factory=dict)
-    counted: dict[Name, int] = field(default_factory=dict)
-    """A contribution in a manifest -> version."""
-    rejected: dict[Name, str] = field(default_factory=dict)
-    plans: dict[str, Record] = field(default_factory=dict)
-    seals: dict[str, Record] = field(default_factory=dict)
-    versions: list[Record] = field(default_factory=list)
-    bans: dict[str, Record] = field(default_factory=dict)
+    def __init__(self, recompute: Recompute | None = None) -> None:
+        self._recompute = recompute
+        self._run_id = ""
+        self._leases: dict[Name, _Lease] = {}
+        self._newest = 0
+        """The highest number of a lease."""
+        self._live: dict[int, int] = {}
+        """Positions that are leased, or used by a contribution that can still count: position -> lease."""
+        self._spent: dict[int, int] = {}
+        """Positions that counted, or can never be used: position -> lease."""
+        self._contributions: dict[Name, _Contribution] = {}
+        self._counted: dict[Name, int] = {}
+        """A contribution in a manifest -> version."""
+        self._rejected: dict[Name, str] = {}
+        self._plans: dict[str, Record] = {}
+        """Of the version to come, by digest; likewise the seals."""
+        self._seals: dict[str, Record] = {}
+        self._versions: list[_Version] = []
+        self._numbers: set[int] = set()
+        """Of the versions; without a gap they are those from 0 to the height."""
+        self._bans: dict[str, Record] = {}
 
     def take(self, record: Record) -> Iterator[Violation]:
         """Take one record of the coordinator's."""
         match record["kind"]:
             case "run":
-                self.run_id = record["run_id"]
+                self._run_id = record["run_id"]
             case "lease":
                 yield from self._renewed(record) if record.get("iteration", 0) else self._lease(record)
             case "lease_expired":
@@ -100,109 +145,122 @@ class _Book:
             case "contribution":
                 yield from self._contribution(record)
             case "contribution_rejected":
-                yield from self._rejected(record)
+                yield from self._reject(record)
             case "plan":
-                self.plans[record["digest"]] = record
-                for peer in sorted({item["peer"] for item in record["contributors"]} & self.bans.keys()):
+                self._plans[record["digest"]] = record
+                for peer in sorted({item["peer"] for item in record["contributors"]} & self._bans.keys()):
                     yield Violation(6, f"{peer} was banned, and is in a later plan, of version {record['version']}")
             case "banned":
-                self.bans.setdefault(record["peer"], record)
+                self._bans.setdefault(record["peer"], record)
             case "seal":
-                self.seals[record["digest"]] = record
+                self._seals[record["digest"]] = record
             case "version":
                 yield from self._version(record)
 
-    def unresolved(self) -> Iterator[Violation]:
-        """Contributions with neither manifest nor rejection, outside the round that is in flight at the end."""
-        for name, contribution in self.contributions.items():
-            settled = name in self.counted or name in self.rejected or contribution["weight"] == 0
-            if not settled and contribution["version"] < self.height:
-                yield Violation(2, f"the contribution of {_words(name)} is in no manifest and was not rejected")
+    def finish(
+        self, peers: Mapping[str, Iterable[Record]], judge: Judge | None = None, calm: Iterable[Calm] = ()
+    ) -> list[Violation]:
+        """What only shows at the end, and in the peers' histories."""
+        found = list(self._unresolved())
+        for peer, records in sorted(peers.items()):
+            found += self._check_peer(peer, records)
+        if judge is not None:
+            found += self._check_bans(judge)
+        return found + list(self._check_calm(calm))
 
     @property
-    def height(self) -> int:
-        return len(self.versions) - 1
+    def _height(self) -> int:
+        return len(self._versions) - 1
+
+    def _unresolved(self) -> Iterator[Violation]:
+        """Contributions with neither manifest nor rejection, outside the round that is in flight at the end."""
+        for name, contribution in self._contributions.items():
+            settled = name in self._counted or name in self._rejected or contribution.weight == 0
+            if not settled and contribution.version < self._height:
+                yield Violation(2, f"the contribution of {_words(name)} is in no manifest and was not rejected")
 
     def _lease(self, record: Record) -> Iterator[Violation]:
         lease = record["lease"]
-        if lease <= self.newest:
-            yield Violation(4, f"lease {lease} was granted after lease {self.newest}")
-        self.newest = max(self.newest, lease)
+        if lease <= self._newest:
+            yield Violation(4, f"lease {lease} was granted after lease {self._newest}")
+        self._newest = max(self._newest, lease)
         yield from self._take_lease(record)
         for position in _positions(record):
-            other = self.live.get(position, self.spent.get(position))
-            if other is not None:
+            if position in self._live or position in self._spent:
+                other = self._live.get(position, self._spent.get(position))
                 yield Violation(3, f"position {position} of lease {lease} was taken by lease {other}")
-            self.live[position] = lease
+            self._live[position] = lease
 
     def _renewed(self, record: Record) -> Iterator[Violation]:
         """A lease for another gradient of a rollout: of the same prompts, and after the gradient before has counted."""
         lease, iteration = _name(record)
-        before = self.leases.get((lease, iteration - 1))
-        if before is None or any(before[key] != record[key] for key in ("peer", "start", "count")):
+        before = self._leases.get((lease, iteration - 1))
+        if before != _Lease(record["peer"], _positions(record)):
             yield Violation(3, f"{_words(_name(record))} does not renew the iteration before it")
-        if self.counted.get((lease, iteration - 1)) != record["version"]:
+        if self._counted.get((lease, iteration - 1)) != record["version"]:
             yield Violation(3, f"{_words(_name(record))} goes on with a rollout that its version was not made from")
         yield from self._take_lease(record)
 
     def _take_lease(self, record: Record) -> Iterator[Violation]:
         name = _name(record)
-        if record["version"] != self.height + record.get("ahead", False):
-            yield Violation(4, f"{_words(name)} is for version {record['version']} at height {self.height}")
-        self.leases[name] = record
+        if record["version"] != self._height + record.get("ahead", False):
+            yield Violation(4, f"{_words(name)} is for version {record['version']} at height {self._height}")
+        self._leases[name] = _Lease(record["peer"], _positions(record))
 
     def _contribution(self, record: Record) -> Iterator[Violation]:
         name = _name(record)
-        if name in self.contributions:
+        if name in self._contributions:
             yield Violation(3, f"two contributions were taken for {_words(name)}")
             return
-        self.contributions[name] = record
-        if name not in self.leases:
+        self._contributions[name] = _Contribution(record["version"], record["used"], record["weight"], record["root"])
+        if name not in self._leases:
             yield Violation(3, f"a contribution was taken for {_words(name)}, which was never granted")
             return
         offsets = [*record["used"], *record["dropped"], *record["returned"]]
         lease, iteration = name
         if iteration:
-            first = self.contributions.get((lease, 0), {"used": []})
-            if record["used"] not in ([], first["used"]) or len(offsets) != len(record["used"]):
+            first = self._contributions.get((lease, 0))
+            if record["used"] not in ([], first.used if first else []) or len(offsets) != len(record["used"]):
                 yield Violation(3, f"the contribution of {_words(name)} uses other positions than iteration 0")
             return
-        start = self.leases[name]["start"]
-        if any(self.live.get(start + offset) != lease for offset in offsets):
+        start, live = self._leases[name].positions.start, self._live
+        if any(live.get(start + offset) != lease for offset in offsets):
             yield Violation(3, f"the contribution of {_words(name)} has positions that the lease no longer had")
-        for position in (start + offset for offset in (*record["dropped"], *record["returned"])):
-            self.live.pop(position, None)
-        self.spent.update((start + offset, lease) for offset in record["dropped"])
+        for offset in (*record["dropped"], *record["returned"]):
+            live.pop(start + offset, None)
+        self._spent.update((start + offset, lease) for offset in record["dropped"])
 
-    def _rejected(self, record: Record) -> Iterator[Violation]:
+    def _reject(self, record: Record) -> Iterator[Violation]:
         name = _name(record)
         if not record["reason"]:
             yield Violation(2, f"the contribution of {_words(name)} was rejected without a reason")
-        if name in self.counted or name in self.rejected:
+        if name in self._counted or name in self._rejected:
             yield Violation(2, f"the contribution of {_words(name)} was rejected after it was settled")
-        self.rejected[name] = record["reason"]
+        self._rejected[name] = record["reason"]
         self._free(name)
 
     def _free(self, name: Name) -> None:
         """What a lease still had goes back, but by iteration 0 only: later ones hold no position."""
         lease, iteration = name
-        if iteration == 0 and name in self.leases:
-            for position in _positions(self.leases[name]):
-                if self.live.get(position) == lease:
-                    del self.live[position]
+        if iteration == 0 and name in self._leases:
+            for position in self._leases[name].positions:
+                if self._live.get(position) == lease:
+                    del self._live[position]
 
     def _version(self, record: Record) -> Iterator[Violation]:
         version = record["version"]
-        if version in {other["version"] for other in self.versions}:
+        if version in self._numbers:
             yield Violation(3, f"version {version} was committed twice")
-        if version != self.height + 1:
-            yield Violation(4, f"version {version} was committed at height {self.height}")
-        parent = self.versions[-1]["digest"] if self.versions else self.run_id
+        if version != self._height + 1:
+            yield Violation(4, f"version {version} was committed at height {self._height}")
+        parent = self._versions[-1].digest if self._versions else self._run_id
         if record["parent"] != parent:
             yield Violation(4, f"version {version} does not continue the version before it")
-        self.versions.append(record)
+        self._versions.append(_Version(record["digest"], record["state_root"], record["at"]))
+        self._numbers.add(version)
         if version > 0:
             yield from self._origin(record)
+        self._plans, self._seals = {}, {}
         if len({contributor.get("iteration", 0) for contributor in record["contributors"]}) > 1:
             yield Violation(3, f"version {version} counts contributions of several iterations")
         for contributor in record["contributors"]:
@@ -211,7 +269,7 @@ class _Book:
     def _origin(self, record: Record) -> Iterator[Violation]:
         """The manifest follows from its plan and seal, and the seal's coefficients from the plan's weights."""
         version = record["version"]
-        plan, seal = self.plans.get(record["plan"]), self.seals.get(record["seal"])
+        plan, seal = self._plans.get(record["plan"]), self._seals.get(record["seal"])
         if plan is None or seal is None or seal["plan"] != plan["digest"] or plan["version"] != version:
             yield Violation(4, f"version {version} names a plan or a seal that was not made for it")
             return
@@ -220,69 +278,67 @@ class _Book:
         if record["contributors"] != named or len(named) != len(sealed):
             yield Violation(2, f"version {version} names other contributors than its seal")
         total = sum(contributor["weight"] for contributor in named)
-        shares = {contributor["peer"]: fp32_bits(contributor["weight"] / total) for contributor in named}
-        if plan["rule"] == "mean" and sealed != shares:
+        if plan["rule"] == "mean" and any(
+            sealed[contributor["peer"]] != fp32_bits(contributor["weight"] / total) for contributor in named
+        ):
             yield Violation(5, f"the coefficients of version {version} are not the shares of the weight")
+        if self._recompute is None:
+            return
+        for index, span in enumerate(record["spans"]):
+            root = self._recompute(plan, seal, index)
+            if root is not None and root.hex() != span["root"]:
+                yield Violation(5, f"span {index} of version {version} is not its rule's result")
 
     def _count(self, contributor: Record, version: int) -> Iterator[Violation]:
         name = _name(contributor)
-        words, contribution = _words(name), self.contributions.get(name)
+        words, contribution = _words(name), self._contributions.get(name)
         if contribution is None:
             yield Violation(2, f"version {version} counts {words}, for which no contribution was taken")
             return
-        if name in self.counted:
-            yield Violation(3, f"the contribution of {words} is in versions {self.counted[name]} and {version}")
-        if name in self.rejected:
+        if name in self._counted:
+            yield Violation(3, f"the contribution of {words} is in versions {self._counted[name]} and {version}")
+        if name in self._rejected:
             yield Violation(2, f"the contribution of {words} is in version {version}, and was rejected")
-        if (contribution["weight"], contribution["root"]) != (contributor["weight"], contributor["root"]):
+        if (contribution.weight, contribution.root) != (contributor["weight"], contributor["root"]):
             yield Violation(2, f"version {version} counts another contribution than {words} committed to")
-        self.counted[name] = version
+        self._counted[name] = version
         lease, iteration = name
-        start = self.leases[name]["start"] if name in self.leases else 0
-        for position in (start + offset for offset in contribution["used"] if iteration == 0):
-            if position in self.spent:
-                yield Violation(3, f"position {position} counted for leases {self.spent[position]} and {lease}")
-            self.spent[position] = lease
-            self.live.pop(position, None)
+        if iteration:
+            return
+        start = self._leases[name].positions.start if name in self._leases else 0
+        for position in (start + offset for offset in contribution.used):
+            if position in self._spent:
+                yield Violation(3, f"position {position} counted for leases {self._spent[position]} and {lease}")
+            self._spent[position] = lease
+            self._live.pop(position, None)
 
+    def _check_peer(self, peer: str, records: Iterable[Record]) -> Iterator[Violation]:
+        for record in records:
+            if record["kind"] == "contribution_acked" and _name(record) not in self._contributions:
+                yield Violation(2, f"{_words(_name(record))} was acknowledged to {peer}, and is not in the log")
+            if record["kind"] == "version":
+                yield from self._check_version(peer, record)
 
-def _positions(lease: Record) -> range:
-    return range(lease["start"], lease["start"] + lease["count"])
+    def _check_version(self, peer: str, record: Record) -> Iterator[Violation]:
+        version = record["version"]
+        if not 0 <= version <= self._height:
+            yield Violation(4, f"{peer} holds version {version}; the log ends at {self._height}")
+            return
+        committed = self._versions[version]
+        if record["state_root"] != committed.state_root:
+            yield Violation(1, f"{peer} holds version {version} with another state root than was committed")
+        if record["manifest"] != committed.digest:
+            yield Violation(4, f"{peer} holds another manifest of version {version} than the log")
 
+    def _check_bans(self, judge: Judge) -> Iterator[Violation]:
+        for peer, record in self._bans.items():
+            proof = record["proof"]
+            if peer not in judge(bytes.fromhex(proof["root"]), proof["size"]):
+                yield Violation(6, f"{peer} is banned by a blob that does not prove its fault: {proof['root'][:16]}")
 
-def _check_peer(peer: str, records: Iterable[Record], book: _Book) -> Iterator[Violation]:
-    for record in records:
-        if record["kind"] == "contribution_acked" and _name(record) not in book.contributions:
-            yield Violation(2, f"{_words(_name(record))} was acknowledged to {peer}, and is not in the log")
-        if record["kind"] == "version":
-            yield from _check_version(peer, record, book)
-
-
-def _check_version(peer: str, record: Record, book: _Book) -> Iterator[Violation]:
-    version = record["version"]
-    if not 0 <= version <= book.height:
-        yield Violation(4, f"{peer} holds version {version}; the log ends at {book.height}")
-        return
-    committed = book.versions[version]
-    if record["state_root"] != committed["state_root"]:
-        yield Violation(1, f"{peer} holds version {version} with another state root than was committed")
-    if record["manifest"] != committed["digest"]:
-        yield Violation(4, f"{peer} holds another manifest of version {version} than the log")
-
-
-def _check_spans(book: _Book, recompute: Recompute) -> Iterator[Violation]:
-    for record in book.versions[1:]:
-        plan, seal = book.plans.get(record["plan"]), book.seals.get(record["seal"])
-        if plan is None or seal is None or seal["plan"] != plan["digest"]:
-            continue
-        for index, span in enumerate(record["spans"]):
-            root = recompute(plan, seal, index)
-            if root is not None and root.hex() != span["root"]:
-                yield Violation(5, f"span {index} of version {record['version']} is not its rule's result")
-
-
-def _check_bans(book: _Book, judge: Judge) -> Iterator[Violation]:
-    for peer, record in book.bans.items():
-        proof = record["proof"]
-        if peer not in judge(bytes.fromhex(proof["root"]), proof["size"]):
-            yield Violation(6, f"{peer} is banned by a blob that does not prove its fault: {proof['root'][:16]}")
+    def _check_calm(self, calm: Iterable[Calm]) -> Iterator[Violation]:
+        for span in calm:
+            limit = span.begin + span.within
+            next_commit = min((version.at for version in self._versions if version.at > span.begin), default=None)
+            if (next_commit is None or next_commit > limit) and span.end >= limit:
+                yield Violation(7, f"no version was committed within {span.within:g} s of {span.begin:g}")

@@ -56,7 +56,7 @@ CHECKS: list[tuple[Message, Callable[[Any], None]]] = [
     (AGAIN, lambda message: checks.check_contribution(message, RENEWED, ROLLOUT)),
     (LOST, lambda message: checks.check_contribution(message, RENEWED, ROLLOUT)),
     (PLAN, checks.check_plan),
-    (SENDERS, lambda message: checks.check_sender_report(message, PLAN)),
+    (SENDERS, lambda message: checks.check_sender_report(message, {item.peer for item in PLAN.contributors})),
     (SEAL, lambda message: checks.check_seal(message, PLAN)),
     (STEP, lambda message: checks.check_step_report(message, PLAN)),
     (MANIFEST, checks.check_manifest),

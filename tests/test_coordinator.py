@@ -1,6 +1,7 @@
 """Rounds of the coordinator's state machine, driven by reports and a clock of its own: no network, no disk."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,13 @@ from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.apply import apply
 from hivegrpo.coordinator.decide import decide
 from hivegrpo.coordinator.log import EventLog
+from hivegrpo.coordinator.pushes import current_for
 from hivegrpo.coordinator.state import Phase, State
 from hivegrpo.coordinator.status import snapshot
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.checks import check_manifest, check_plan, check_seal
+from hivegrpo.protocol.chunks import CHUNK_VALUES
+from hivegrpo.protocol.envelope import parse
 from hivegrpo.protocol.scalars import StepScalars, fp32_from_bits
 
 
@@ -369,3 +373,46 @@ def test_a_state_replayed_from_the_log_on_disk_is_equal(machine: Machine, tmp_pa
     assert list(reopened.replay()) == machine.events
     assert canonical(state) == canonical(machine.state)
     reopened.close()
+
+
+def test_in_a_large_swarm_each_further_attempt_has_half_as_many_reducers() -> None:
+    """Of 150 that could, 64 may; the second attempt replaces the lost, and then fewer can be lost."""
+    machine = Machine(
+        peers=150,
+        run={"start_peers": 150},
+        grpo={"prompts_per_round": 150},
+        timing={"max_attempts": 9},
+    )
+    machine.terms = replace(machine.terms, values=100 * CHUNK_VALUES)
+    machine.state = State(machine.terms)
+    machine.start()
+    machine.contribute(*machine.peers)
+    reducers = []
+    for attempt in range(1, 9):
+        reducers.append(len(machine.plan.reducers))
+        machine.happen(ev.AttemptFailed(machine.now, 1, attempt, "planted"))
+    assert reducers == [64, 64, 32, 16, 8, 4, 2, 1]
+    machine.check_replay()
+
+
+def test_who_joins_is_told_of_those_that_hold_the_head_and_can_be_dialled(machine: Machine) -> None:
+    def told() -> set[str]:
+        (welcome, *_) = current_for(machine.state, "newcomer", finished=False)
+        return {holder.peer for holder in parse(pb.Welcome, welcome.payload).holders}
+
+    first, second, third = machine.peers
+    machine.join("newcomer", *machine.peers)
+    machine.ready(first, second)
+    assert told() == set(), "version 0 is not agreed yet"
+    machine.ready(third)
+    assert told() == set(machine.peers)
+    machine.contribute(*machine.peers)
+    machine.exchange()
+    machine.vote(first, second)
+    machine.wait(1.0)
+    assert machine.state.version == 1
+    assert told() == {first, second}, "the third has not voted for it"
+    machine.ready(third, version=1, root=machine.manifest.state.root)
+    machine.lose(first)
+    machine.join(second, dialable=False)
+    assert told() == {third}

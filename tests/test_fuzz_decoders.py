@@ -108,7 +108,7 @@ CHECKS: dict[str, tuple[Message, Callable[[Any], None]]] = {
             complete=[pb.Complete(peer=item.peer, norm_squared=b"\1", seconds=1.0) for item in PLAN.contributors[1:]],
             refused=[pb.Refused(peer=PLAN.contributors[0].peer, reason="late")],
         ),
-        lambda message: checks.check_sender_report(message, PLAN),
+        lambda message: checks.check_sender_report(message, {item.peer for item in PLAN.contributors}),
     ),
     "seal": (seal(), lambda message: checks.check_seal(message, PLAN)),
     "vote": (vote(), lambda message: checks.check_step_report(message, PLAN)),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hivegrpo.protocol.history import Record
-from hivegrpo.protocol.invariants import Violation, check
+from hivegrpo.protocol.invariants import Calm, Violation, check
 from hivegrpo.protocol.scalars import fp32_bits
 
 RUN = "f" * 64
@@ -126,7 +126,8 @@ class Histories:
 
     def commit(self, version: int, **fields: Any) -> None:
         spans = [{"root": root("span", version, index), "size": 1} for index in range(2 if version else 0)]
-        record = {"kind": "version", "version": version, "digest": root("manifest", version), "spans": spans}
+        at = 10.0 * version
+        record = {"kind": "version", "at": at, "version": version, "digest": root("manifest", version), "spans": spans}
         self.coordinator.append({**record, "state_root": root("state", version), **fields})
         for peer in self.peers.values():
             held = {"version": version, "state_root": root("state", version), "manifest": record["digest"]}
@@ -144,8 +145,8 @@ class Histories:
         proof = {"root": root("proof of", peer), "size": 9}
         self.coordinator.append({"kind": "banned", "peer": peer, "reason": "it lied", "proof": proof})
 
-    def check(self) -> list[Violation]:
-        return check(self.coordinator, self.peers, honest_recompute, honest_judge)
+    def check(self, *calm: Calm) -> list[Violation]:
+        return check(self.coordinator, self.peers, honest_recompute, honest_judge, calm)
 
 
 def honest_judge(blob: bytes, size: int) -> list[str]:
@@ -367,6 +368,17 @@ def test_each_lie_is_found(lie: Callable[[Histories], None], invariant: int, wor
     lie(histories)
     found = histories.check()
     assert any(violation.invariant == invariant and words in violation.text for violation in found), found
+
+
+def test_a_version_that_comes_too_late_after_the_last_fault_is_found() -> None:
+    """Versions are committed at 0, 10, 20 and 30 seconds."""
+    histories = Histories()
+    late = Calm(begin=10.0, end=60.0, within=9.9)
+    assert histories.check(late) == [Violation(7, "no version was committed within 9.9 s of 10")]
+    never = Calm(begin=30.0, end=60.0, within=30.0)
+    assert histories.check(never) == [Violation(7, "no version was committed within 30 s of 30")]
+    in_time, not_over_yet = Calm(10.0, 60.0, 10.0), Calm(30.0, 59.9, 30.0)
+    assert histories.check(in_time, not_over_yet) == []
 
 
 def test_chunks_that_are_gone_are_not_judged() -> None:
