@@ -115,7 +115,7 @@ def _grants(state: State, now: float) -> Iterator[ev.LeaseGranted]:
     """An even share for each connected contributor; what is left is for the others, when the version is committed."""
     config, ahead, coming = state.terms.config, state.ahead, state.round.version
     remaining = config.grpo.prompts_per_round - ahead.wanted
-    if state.phase not in (Phase.EXCHANGE, Phase.STEP) or coming >= config.run.versions:
+    if state.phase not in (Phase.EXCHANGE, Phase.STEP) or coming >= config.run.versions or state.paused:
         return
     if not ahead.waiting or remaining <= 0:
         return

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hivegrpo.coordinator import events as ev
+from hivegrpo.coordinator.bans import ban_words
 from hivegrpo.coordinator.round import Attempt, ballot_of
 from hivegrpo.coordinator.state import Phase, State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
@@ -50,7 +51,7 @@ def judge(state: State, signed: pb.Signed, peer: str, run_id: str, now: float) -
     if peer not in state.members:
         return Verdict(False, "unknown: this peer has not joined")
     if peer in state.banned:
-        return Verdict(False, f"banned: {state.banned[peer].reason}")
+        return Verdict(False, f"banned: {ban_words(state.banned[peer])}")
     return judge_one(state, signed, peer, run_id, now)
 
 

@@ -7,7 +7,7 @@
 3. nothing counts twice: no prompt position (but in the iterations of one lease), no contribution, no version;
 4. one chain: no fork, no gap, across crashes of anything;
 5. every committed span equals its rule applied to the sealed chunks;
-6. no honest peer is banned: each ban names a blob, and that proves a fault of the peer.
+6. no honest peer is banned by rule: each ban that no operator ordered names a blob, which proves a fault of the peer.
 
 The coordinator's records are those of `coordinator.history.read_records`. Of a peer's records it reads "version"
 {version, state_root, manifest} and "contribution_acked" {lease, iteration}. A record without an iteration is of the
@@ -106,7 +106,10 @@ class _Book:
                 for peer in sorted({item["peer"] for item in record["contributors"]} & self.bans.keys()):
                     yield Violation(6, f"{peer} was banned, and is in a later plan, of version {record['version']}")
             case "banned":
-                self.bans.setdefault(record["peer"], record)
+                self.bans[record["peer"]] = record
+            case "ban_lifted":
+                if self.bans.pop(record["peer"], record).get("proof"):
+                    yield Violation(6, f"the ban of {record['peer']} was lifted, and there is a proof of its fault")
             case "seal":
                 self.seals[record["digest"]] = record
             case "version":
@@ -201,12 +204,22 @@ class _Book:
         if record["parent"] != parent:
             yield Violation(4, f"version {version} does not continue the version before it")
         self.versions.append(record)
-        if version > 0:
+        if record.get("restores") is not None:
+            yield from self._rollback(record)
+        elif version > 0:
             yield from self._origin(record)
         if len({contributor.get("iteration", 0) for contributor in record["contributors"]}) > 1:
             yield Violation(3, f"version {version} counts contributions of several iterations")
         for contributor in record["contributors"]:
             yield from self._count(contributor, version)
+
+    def _rollback(self, record: Record) -> Iterator[Violation]:
+        """It has the state of an older version, and nothing was averaged for it."""
+        version, older = record["version"], record["restores"]
+        if not 0 <= older < version or record["state_root"] != self.versions[older]["state_root"]:
+            yield Violation(1, f"version {version} goes back to version {older}, and has another state root")
+        if record["contributors"] or record["spans"]:
+            yield Violation(2, f"version {version} goes back to version {older}, and counts contributions")
 
     def _origin(self, record: Record) -> Iterator[Violation]:
         """The manifest follows from its plan and seal, and the seal's coefficients from the plan's weights."""
@@ -284,5 +297,7 @@ def _check_spans(book: _Book, recompute: Recompute) -> Iterator[Violation]:
 def _check_bans(book: _Book, judge: Judge) -> Iterator[Violation]:
     for peer, record in book.bans.items():
         proof = record["proof"]
+        if proof is None:
+            continue
         if peer not in judge(bytes.fromhex(proof["root"]), proof["size"]):
             yield Violation(6, f"{peer} is banned by a blob that does not prove its fault: {proof['root'][:16]}")
