@@ -85,6 +85,7 @@ def test_a_wrong_order_is_answered_and_changes_nothing(node: Node, line: bytes, 
     async def test() -> None:
         async with operated(node) as coordinator:
             await give(node, "status")
+            await coordinator._journal.written()
             before = len(list(coordinator._log.replay()))
             with short_path(node.home) as path:
                 reader, writer = await asyncio.open_unix_connection(str(path))
