@@ -23,7 +23,6 @@ from hivegrpo.peer.learn.step import PolicyState, state_bytes
 from hivegrpo.peer.swarm.versions import ref_of
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobs import blob_root
-from hivegrpo.protocol.blobstream import BlobStore
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.envelope import parse, sign
@@ -223,11 +222,26 @@ async def order(swarm: Swarm, command: str, **rest: Any) -> dict[str, Any]:
     return await swarm.service.operator.execute(orders.read_order.validate_python({"command": command, **rest}))
 
 
-async def archived(swarm: Swarm, version: int) -> None:
-    """Until the coordinator has that state. Nobody tells when: look again and again, for as long as `run` does."""
-    store, state = BlobStore(swarm.coordinator_home / "blobs"), entries(swarm)[version].state
-    while not store.has(ref_of(state)):  # noqa: ASYNC110
+async def kept_in_a_pause(swarm: Swarm) -> list[int]:
+    """Versions whose state the coordinator has, once the round in flight has ended; the run is paused from then on.
+
+    Nobody tells when: look again and again, for as long as `run` does.
+    """
+    assert swarm.service is not None
+    await order(swarm, "pause")
+    while swarm.service.state.leases or swarm.service.state.phase is not Phase.ROLLOUT:  # noqa: ASYNC110
         await asyncio.sleep(0.02)
+    while not swarm.service._archive.idle:  # noqa: ASYNC110
+        await asyncio.sleep(0.02)
+    versions: list[int] = swarm.service.snapshot()["archived"]
+    return versions
+
+
+async def leased(swarm: Swarm) -> None:
+    """Go on after a pause, until there are leases."""
+    swarm.events.clear()
+    await order(swarm, "resume")
+    await swarm.happened(lambda event: isinstance(event, ev.LeaseGranted))
 
 
 def entries(swarm: Swarm) -> list[pb.VersionManifest]:
@@ -251,20 +265,21 @@ def heights(swarm: Swarm, names: Sequence[str]) -> list[int]:
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_peers_late_joiners_and_restarts_follow_a_rollback(tmp_path: Path, beta: float) -> None:
-    grpo = {"beta": beta, "ref_model_sync_steps": 2} if beta else {}
+    grpo = {"beta": beta, "ref_model_sync_steps": 3} if beta else {}
     swarm = make_swarm(tmp_path, grpo=grpo)
 
     async def scenario() -> None:
         await swarm.start_coordinator()
         for name in ("a", "b"):
             await swarm.start_peer(name, IntegerLearner(VALUES, roll_out))
-        await swarm.committed(3)
-        await archived(swarm, 2)
-        answer = await order(swarm, "rollback", version=2)
+        await swarm.committed(2)
+        older = (await kept_in_a_pause(swarm))[-2]
+        await leased(swarm)
+        answer = await order(swarm, "rollback", version=older)
         back = answer["version"]
-        assert back >= 4
-        assert entries(swarm)[back].state == entries(swarm)[2].state
-        assert entries(swarm)[back].reference_version == entries(swarm)[2].reference_version == (2 if beta else 0)
+        assert entries(swarm)[back].state == entries(swarm)[older].state
+        assert entries(swarm)[back].reference_version == entries(swarm)[older].reference_version
+        assert answer["state_root"] == entries(swarm)[older].state.root.hex()
         assert swarm.coordinator is not None
         await swarm.crash(swarm.coordinator)
         await swarm.start_coordinator()
@@ -354,8 +369,9 @@ def test_an_operator_moves_the_reference_forwards_and_back(tmp_path: Path, overl
         moved = await order(swarm, "promote-reference")
         assert moved["reference_version"] == moved["version"]
         await swarm.committed(moved["version"] + 1)
-        await archived(swarm, moved["version"] + 1)
-        older = await order(swarm, "promote-reference", version=moved["version"] + 1)
+        kept = await kept_in_a_pause(swarm)
+        await leased(swarm)
+        older = await order(swarm, "promote-reference", version=kept[-1])
         await swarm.committed(older["version"] + 1)
         base = await order(swarm, "promote-reference", version=0)
         await swarm.start_peer("late", IntegerLearner(VALUES, roll_out))
