@@ -94,6 +94,17 @@ def revoke(
     _order({"command": "revoke", "invite": invite}, home, as_json)
 
 
+@coordinator_app.command()
+def verify(
+    run: Annotated[Path | None, typer.Argument(help="A run's folder; the latest run here if left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Verify the whole chain offline, and recompute what the bytes here allow: exit code 76 if something is wrong."""
+    from hivegrpo.cli.verify_chain import verify_chain
+
+    verify_chain(run, as_json=as_json)
+
+
 def _order(order: dict[str, object], home: Path | None, as_json: bool) -> None:
     from hivegrpo.cli.operate import give_order
 

@@ -403,7 +403,9 @@ class RunConfig(Section):
             return cls.model_validate_json(text)
         except ValidationError as error:
             complaint = explain(error, cls, "The run's configuration")
-            raise MismatchError(complaint.message, "Install the version of hivegrpo that the run uses.") from None
+            raise MismatchError(
+                complaint.message, "Install the version of hivegrpo that the run uses: pip install -U hivegrpo."
+            ) from None
 
     def canonical_json(self) -> str:
         """Sorted keys, no spaces, defaults filled in: equal configs have equal bytes."""

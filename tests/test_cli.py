@@ -53,7 +53,7 @@ def test_the_commands_are_those_of_the_manual() -> None:
     assert {" ".join(path) for path in EVERY} == {
         "", "coordinator", "coordinator run", "coordinator status", "coordinator pause", "coordinator resume",
         "coordinator promote-reference", "coordinator rollback", "coordinator ban", "coordinator unban",
-        "coordinator invite", "coordinator revoke", "peer", "peer run", "solo", "demo", "chat",
+        "coordinator invite", "coordinator revoke", "coordinator verify", "peer", "peer run", "solo", "demo", "chat",
         "export", "check", "verify-span", "watch"
     }  # fmt: skip
 

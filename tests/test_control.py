@@ -17,9 +17,10 @@ from support.scripted import Node, ScriptedPeer, is_version, run
 
 from hivegrpo.cli.operate import send_order
 from hivegrpo.coordinator.control import MAX_CLIENTS, MAX_REQUEST, SOCKET_FILE, serve_control, short_path
-from hivegrpo.coordinator.events import BanLifted, LeaseGranted, PeerBanned
+from hivegrpo.coordinator.events import BanLifted, LeaseGranted
 from hivegrpo.coordinator.service import Coordinator
 from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.blobs import BlobRef
 from hivegrpo.protocol.errors import ConfigError, UnreachableError
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.transport.memory import MemoryNetwork
@@ -192,7 +193,7 @@ def test_an_operator_s_ban_is_lifted_by_hand_and_one_by_proof_is_not(node: Node)
             with pytest.raises(ConfigError, match="This peer is not banned"):
                 await give(node, "unban", peer=peer)
             await give(node, "ban", peer=liar, reason="a hunch", hours=1.0)
-            coordinator._happen([PeerBanned(coordinator._clock(), liar, "it lied", b"p" * 32, 9)])
+            coordinator._ban(liar, "it lied", BlobRef(b"p" * 32, 9))
             with pytest.raises(ConfigError, match="banned by proof: it lied"):
                 await give(node, "unban", peer=liar)
             with pytest.raises(ConfigError, match="banned for good, by proof"):

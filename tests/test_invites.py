@@ -8,11 +8,16 @@ from typing import Any
 
 import base58
 import pytest
+from pydantic import SecretStr
+from support.runs import IntegerLearner, signed_run, small_config
 from support.scripted import Node, ScriptedPeer, is_version, run
+from support.swarm import Swarm
 
 from hivegrpo.coordinator import orders
 from hivegrpo.coordinator.service import Coordinator
 from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.config import PeerConfig
+from hivegrpo.protocol.errors import MismatchError
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.invites import PREFIX, make_token, open_token
 from hivegrpo.protocol.transport.memory import MemoryNetwork
@@ -214,3 +219,32 @@ def test_a_token_is_short_enough_to_paste_and_has_no_character_to_trip_over() ->
     assert len(token) < 150
     assert token.removeprefix(PREFIX).isalnum()
     assert open_token(token, "5" * 64, identity.peer_id).uses == 0xFFFFFFFF
+
+
+def test_a_real_peer_is_refused_without_a_token_and_joins_with_it(tmp_path: Path) -> None:
+    config = small_config(admission={"mode": "invite"}, run={"start_peers": 1, "versions": 1})
+    coordinator = Identity.generate()
+    swarm = Swarm(tmp_path, config, signed_run(coordinator, config), coordinator)
+
+    async def test() -> None:
+        await swarm.start_coordinator()
+        assert swarm.service is not None
+        refused = await swarm.start_peer("a", IntegerLearner(40_000))
+        with pytest.raises(MismatchError, match="refuses this peer: invite: this run admits by invite, and this peer"):
+            await refused.task
+        token, _ = await invite(swarm.service)
+        joined = await swarm.start_peer("a", IntegerLearner(40_000), invite=token)
+        await joined.task
+        assert swarm.coordinator is not None
+        await swarm.coordinator.leave()
+
+    run(test())
+
+
+def test_a_peer_s_token_comes_from_its_environment_and_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HIVEGRPO_PEER_INVITE", "hive_secret")
+    settings = PeerConfig.load()
+    assert settings.invite is not None
+    assert settings.invite.get_secret_value() == "hive_secret"
+    assert "secret" not in repr(settings) + str(settings) + settings.model_dump_json()
+    assert PeerConfig.load(invite="hive_flag").invite == SecretStr("hive_flag")

@@ -77,6 +77,9 @@ def test_a_ban_ends_when_its_time_is_over_and_not_before() -> None:
     assert machine.of(ev.LeaseExpired)[-1].reason == "its peer was banned: it is broken"
     machine.wait(3599.0)
     assert peer in machine.state.banned
+    wake = decide(machine.state, machine.now).wake
+    assert wake is not None
+    assert wake <= machine.now + 1.0, "nobody has to ask at the right moment by chance"
     machine.wait(1.0)
     assert machine.of(ev.BanLifted) == [ev.BanLifted(machine.now, peer, "its time is over")]
     machine.join(peer)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.invariants import assert_invariants
 from support.machine import Machine
 from support.runs import IntegerLearner, signed_run, small_config
@@ -14,6 +15,7 @@ from support.swarm import Swarm
 
 from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator import orders
+from hivegrpo.coordinator.operator import Operator
 from hivegrpo.coordinator.rollback import rollback_events
 from hivegrpo.coordinator.state import Phase
 from hivegrpo.peer.inference.locate import open_run
@@ -23,13 +25,15 @@ from hivegrpo.peer.learn.step import PolicyState, state_bytes
 from hivegrpo.peer.swarm.versions import ref_of
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobs import blob_root
+from hivegrpo.protocol.blobstream import BlobStore
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.envelope import parse, sign
 from hivegrpo.protocol.errors import ChainError, ConfigError
+from hivegrpo.protocol.history import read_history
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.invariants import check
-from hivegrpo.protocol.scalars import StepScalars
+from hivegrpo.protocol.scalars import StepScalars, to_fp32
 
 VALUES = 40_000
 BETA2 = 0.999
@@ -118,6 +122,10 @@ def test_bias_corrections_go_on_from_the_older_state_and_the_rate_follows_the_ve
         3, learning_rate=1.0 - 7 / 10, beta1=0.9, beta2=BETA2, epsilon=1e-8, weight_decay=0.0
     )
     assert scalars == expected
+    machine.exchange()
+    machine.vote(*machine.peers)
+    machine.contribute(*machine.peers)
+    assert StepScalars.from_bits(list(machine.plan.scalars)).reciprocal_bias1 == to_fp32(1.0 / (1.0 - 0.9**4))
     machine.check_replay()
 
 
@@ -200,6 +208,40 @@ def test_the_reference_goes_back_only_by_order() -> None:
     forger.chain.append(forger.whole(manifest))
 
 
+async def nothing_to_wait_for() -> None:
+    """Of a log that is not there."""
+
+
+def test_what_was_leased_ahead_is_leased_anew_when_the_reference_is_to_move(tmp_path: Path) -> None:
+    machine = Machine(run={"versions": 9}, averaging={"overlap": True}, grpo={"beta": 0.1})
+    machine.start()
+    machine.round()
+    to_exchange(machine)
+    before = set(machine.state.ahead.leases)
+    assert len(before) == len(machine.peers)
+    operator = Operator(
+        identity=machine.coordinator,
+        chain=Chain(machine.run, machine.coordinator.peer_id),
+        blobs=BlobStore(tmp_path),
+        state=lambda: machine.state,
+        ready=nothing_to_wait_for,
+        happen=lambda events: machine.happen(*events),
+        written=nothing_to_wait_for,
+        snapshot=dict,
+        clock=lambda: machine.now,
+    )
+    answer = asyncio.run(operator.execute(orders.PromoteReference(command="promote-reference")))
+    assert answer == {"version": 2, "reference_version": 2}
+    ahead = [granted.message for granted in machine.state.ahead.leases.values()]
+    assert len(ahead) == len(before)
+    assert before.isdisjoint(lease.id for lease in ahead)
+    assert {lease.reference_version for lease in ahead} == {2}
+    machine.exchange()
+    machine.vote(*machine.peers)
+    assert (machine.manifest.reference_version, machine.manifest.promoted) == (2, True)
+    machine.check_replay()
+
+
 def make_swarm(folder: Path, **sections: dict[str, Any]) -> Swarm:
     tables: dict[str, dict[str, Any]] = {"distribution": {"anchor_every": 1}, "run": {"versions": 8}}
     for name, values in sections.items():
@@ -248,6 +290,16 @@ def entries(swarm: Swarm) -> list[pb.VersionManifest]:
     return [entry.manifest.message for entry in ChainFile.open(swarm.coordinator_home).chain.entries]
 
 
+class Keeper(IntegerLearner):
+    """Remembers the parameters of every version that it worked under."""
+
+    parameters: dict[int, torch.Tensor]
+
+    def load(self, version: int, vector: torch.Tensor) -> None:
+        super().load(version, vector)
+        self.parameters = getattr(self, "parameters", {}) | {version: self.loaded}
+
+
 def roll_out(_: int) -> None:
     """Long enough for orders to come in the middle of it."""
     time.sleep(0.12)
@@ -285,6 +337,8 @@ def test_peers_late_joiners_and_restarts_follow_a_rollback(tmp_path: Path, beta:
         await swarm.start_coordinator()
         await swarm.start_peer("late", IntegerLearner(VALUES, roll_out))
         await swarm.committed(back + 1)
+        for home in (swarm.peer_home("b"), swarm.coordinator_home):
+            assert BlobStore(home / "blobs").has(ref_of(entries(swarm)[back].state)), "pruning the older one spares it"
         await swarm.crash(swarm.peers["a"])
         await swarm.start_peer("a", IntegerLearner(VALUES, roll_out))
         await to_the_end(swarm, "a", "b", "late")
@@ -294,6 +348,27 @@ def test_peers_late_joiners_and_restarts_follow_a_rollback(tmp_path: Path, beta:
     assert_invariants(swarm)
     for name in ("a", "b", "late"):
         assert open_run(swarm.peer_home(name)).has(ref_of(entries(swarm)[8].state))
+
+
+def test_no_work_is_done_on_a_lease_ahead_that_a_rollback_ended(tmp_path: Path) -> None:
+    swarm = make_swarm(tmp_path, averaging={"overlap": True}, run={"versions": 6})
+
+    async def scenario() -> None:
+        await swarm.start_coordinator()
+        for name in ("a", "b"):
+            await swarm.start_peer(name, IntegerLearner(VALUES, roll_out))
+        await swarm.committed(2)
+        swarm.events.clear()
+        await swarm.happened(lambda event: isinstance(event, ev.LeaseGranted) and parse(pb.Lease, event.payload).ahead)
+        await order(swarm, "rollback", version=0)
+        await to_the_end(swarm, "a", "b")
+
+    run(scenario)
+    assert_invariants(swarm)
+    for name in ("a", "b"):
+        records = list(read_history(swarm.peer_home(name) / "history.jsonl"))
+        done = {record["lease"] for record in records if record["kind"] == "contribution"}
+        assert done == {record["lease"] for record in records if record["kind"] == "contribution_acked"}
 
 
 def test_a_rollback_to_version_0_is_made_from_the_seed(tmp_path: Path) -> None:
@@ -328,6 +403,10 @@ def test_a_rollback_to_version_0_is_made_from_the_seed(tmp_path: Path) -> None:
     assert back.version in available(held)
     assert (policy_vector(held, back.version, tmp_path) == first.parameters).all()
     policy_vector(held, back.version + 1, tmp_path)  # raises unless the updates lead to its signed root
+    for store in held.stores:
+        store.remove(back.state.root)
+    assert back.version in available(held)
+    assert (policy_vector(held, back.version, tmp_path) == first.parameters).all(), "by way of version 0 itself"
 
 
 def test_a_rollback_that_cannot_be_served_is_refused_with_what_can(tmp_path: Path) -> None:
@@ -360,11 +439,12 @@ def test_a_rollback_that_cannot_be_served_is_refused_with_what_can(tmp_path: Pat
 @pytest.mark.parametrize("overlap", [False, True])
 def test_an_operator_moves_the_reference_forwards_and_back(tmp_path: Path, overlap: bool) -> None:
     swarm = make_swarm(tmp_path, grpo={"beta": 0.1}, averaging={"overlap": overlap}, run={"versions": 9})
+    learner = Keeper(VALUES, roll_out)
 
     async def scenario() -> None:
         await swarm.start_coordinator()
-        for name in ("a", "b"):
-            await swarm.start_peer(name, IntegerLearner(VALUES, roll_out))
+        await swarm.start_peer("a", learner)
+        await swarm.start_peer("b", IntegerLearner(VALUES, roll_out))
         await swarm.committed(2)
         moved = await order(swarm, "promote-reference")
         assert moved["reference_version"] == moved["version"]
@@ -384,6 +464,11 @@ def test_an_operator_moves_the_reference_forwards_and_back(tmp_path: Path, overl
             expected.append(ordered.get(version, expected[-1]))
         assert [manifest.reference_version for manifest in made] == expected
         assert [manifest.version for manifest in made if manifest.promoted] == sorted(ordered)
+        assert len(learner.used) >= 8
+        for version, reference in learner.used:
+            wanted = learner.parameters[expected[version]] if expected[version] else None
+            assert (reference is None) == (wanted is None), version
+            assert reference is None or torch.equal(reference, wanted), version
 
     run(scenario)
     assert heights(swarm, ("a", "b", "late")) == [9, 9, 9]
