@@ -11,7 +11,7 @@ from hivegrpo.coordinator.rollback import rollback_events
 from hivegrpo.coordinator.state import Phase, State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobs import BlobRef
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.errors import ConfigError, WireError
 from hivegrpo.protocol.identity import Identity, public_key_of

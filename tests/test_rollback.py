@@ -25,7 +25,7 @@ from hivegrpo.peer.learn.step import PolicyState, state_bytes
 from hivegrpo.peer.swarm.versions import ref_of
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobs import blob_root
-from hivegrpo.protocol.blobstream import BlobStore
+from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.envelope import parse, sign
