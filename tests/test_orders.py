@@ -77,9 +77,6 @@ def test_a_ban_ends_when_its_time_is_over_and_not_before() -> None:
     assert machine.of(ev.LeaseExpired)[-1].reason == "its peer was banned: it is broken"
     machine.wait(3599.0)
     assert peer in machine.state.banned
-    wake = decide(machine.state, machine.now).wake
-    assert wake is not None
-    assert wake <= machine.now + 1.0, "nobody has to ask at the right moment by chance"
     machine.wait(1.0)
     assert machine.of(ev.BanLifted) == [ev.BanLifted(machine.now, peer, "its time is over")]
     machine.join(peer)
@@ -91,6 +88,7 @@ def test_a_newer_ban_takes_the_place_of_the_older_one_s_time() -> None:
     machine = Machine()
     peer = machine.peers[0]
     machine.happen(ev.PeerBanned(machine.now, peer, "a hunch", until=machine.now + 3600.0))
+    assert decide(machine.state, machine.now).wake == machine.now + 3600.0
     machine.happen(ev.PeerBanned(machine.now, peer, "it lied", b"p" * 32, 9))
     assert decide(machine.state, machine.now).wake is None
     machine.wait(4000.0)

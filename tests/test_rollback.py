@@ -22,6 +22,7 @@ from hivegrpo.peer.inference.locate import open_run
 from hivegrpo.peer.inference.states import available, policy_vector
 from hivegrpo.peer.learn.genesis import version_zero
 from hivegrpo.peer.learn.step import PolicyState, state_bytes
+from hivegrpo.peer.swarm import versions
 from hivegrpo.peer.swarm.versions import ref_of
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobs import blob_root
@@ -259,6 +260,12 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(bounded())
 
 
+@pytest.fixture(autouse=True)
+def peers_keep_anchors_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These rounds take a tenth of a second: what the coordinator fetches is not to be gone in the middle of it."""
+    monkeypatch.setattr(versions, "KEPT_ANCHORS", 100)
+
+
 async def order(swarm: Swarm, command: str, **rest: Any) -> dict[str, Any]:
     assert swarm.service is not None
     return await swarm.service.operator.execute(orders.read_order.validate_python({"command": command, **rest}))
@@ -275,8 +282,8 @@ async def kept_in_a_pause(swarm: Swarm) -> list[int]:
         await asyncio.sleep(0.02)
     while not swarm.service._archive.idle:  # noqa: ASYNC110
         await asyncio.sleep(0.02)
-    versions: list[int] = swarm.service.snapshot()["archived"]
-    return versions
+    archived: list[int] = swarm.service.snapshot()["archived"]
+    return archived
 
 
 async def leased(swarm: Swarm) -> None:
