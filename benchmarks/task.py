@@ -123,6 +123,7 @@ class Task(AbstractContextManager["Task"]):
                     "beta": 0.0,
                 },
                 "optimizer": {"learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant"},
+                "admission": {"mode": "open"},
             }
         )
 

@@ -14,6 +14,7 @@ from hivegrpo.cli.judge import judge_apart
 from hivegrpo.cli.network import Network, best_first
 from hivegrpo.cli.output import Record, Show, configure_logging, describe_version, json_lines, short_lines
 from hivegrpo.cli.signals import StopSignals
+from hivegrpo.coordinator.control import serve_control
 from hivegrpo.coordinator.events import Event, PeerReady, StepReported, VersionCommitted
 from hivegrpo.coordinator.log import LOG_FILE, EventLog
 from hivegrpo.coordinator.service import Coordinator
@@ -55,13 +56,14 @@ async def _serve(
     chain = read_run(home, identity.peer_id)
     transport = await network.open(identity, home, settings)
     try:
+        config = RunConfig.from_json(chain.manifest.message.config)
         with closing(EventLog(home / LOG_FILE, chain.run_id)) as log:
             coordinator = Coordinator(
                 identity=identity,
                 transport=transport,
                 log=log,
                 run=chain.run,
-                config=RunConfig.from_json(chain.manifest.message.config),
+                config=config,
                 home=home,
                 blobs=BlobStore(home / BLOBS),
                 on_event=lambda event, state: _show_event(event, state, show),
@@ -77,13 +79,16 @@ async def _serve(
                     "version": coordinator.chain.chain.height,
                     "address": addresses[0],
                     "addresses": addresses,
+                    "admission": config.admission.mode,
                 }
             )
             if not as_json:
-                print(f"hivegrpo peer run {addresses[0]}", flush=True)
+                token = " --invite TOKEN" if config.admission.mode == "invite" else ""
+                print(f"hivegrpo peer run {addresses[0]}{token}", flush=True)
             watching = asyncio.create_task(_show_status(coordinator, show))
             try:
-                await coordinator.run(stop)
+                async with serve_control(home, coordinator.operator.execute):
+                    await coordinator.run(stop)
             finally:
                 watching.cancel()
                 await asyncio.gather(watching, return_exceptions=True)
@@ -141,12 +146,14 @@ def _describe(record: Record) -> tuple[str, str]:
     match record["kind"]:
         case "started":
             how = "goes on" if record["version"] >= 0 else "begins"
-            return "started", f"Run {record['run_id'][:16]} {how}, in {record['home']}. Peers join with:"
+            invited = " (tokens: hivegrpo coordinator invite)" if record["admission"] == "invite" else ""
+            return "started", f"Run {record['run_id'][:16]} {how}, in {record['home']}. Peers join with{invited}:"
         case "version":
             return f"version {record['version']}", describe_version(record)
         case "status":
             peers = "  ".join(f"{peer['peer'][-6:]} {peer['state']}" for peer in record["peers"])
-            line = "; ".join(part for part in (record["trouble"], f"peers: {peers or 'none yet'}") if part)
+            paused = "paused" if record["paused"] else ""
+            line = "; ".join(part for part in (record["trouble"], paused, f"peers: {peers or 'none yet'}") if part)
             return line, line
         case "root":
             return "", ""

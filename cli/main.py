@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from hivegrpo.cli.operate_commands import coordinator_app
 from hivegrpo.protocol.errors import HiveError
 
 app = typer.Typer(
@@ -15,7 +16,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-coordinator_app = typer.Typer(help="Launch a run: admit peers, time the rounds, sign the versions.")
 run_key_app = typer.Typer(help="The key, kept offline, that can give a run another coordinator.")
 peer_app = typer.Typer(help="Take part in a run with this machine.")
 app.add_typer(coordinator_app, name="coordinator", no_args_is_help=True)
@@ -107,6 +107,7 @@ def run_peer(
     dht: Dht = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of torch; cores / peers here if left out.")] = None,
+    invite: Annotated[str | None, typer.Option(help="Token to join with, for the first time.")] = None,
     upload_mbit: Annotated[float | None, typer.Option(help="Most to send, in Mbit/s; no cap if left out.")] = None,
     run_id: Annotated[str | None, typer.Option("--run", help="The run's id: nothing but this run will do.")] = None,
     as_json: Json = False,
@@ -115,8 +116,9 @@ def run_peer(
     """Join a run and work until it is finished. The first Ctrl-C leaves gracefully, the second at once."""
     from hivegrpo.cli.launch_peer import launch
 
-    flags = {"home": home, "host": host, "port": port, "dht": dht, "device": device, "threads": threads}
-    launch(address, {**flags, "upload_mbit": upload_mbit}, run_id=run_id, as_json=as_json, verbose=verbose)
+    flags: dict[str, object] = {"home": home, "host": host, "port": port, "dht": dht}
+    flags |= {"device": device, "threads": threads, "upload_mbit": upload_mbit, "invite": invite}
+    launch(address, flags, run_id=run_id, as_json=as_json, verbose=verbose)
 
 
 @app.command()

@@ -1,11 +1,15 @@
 """Who may join, and the one thing that stops a coordinator: a newer chain under its own signature."""
 
+from hivegrpo.coordinator import events as ev
+from hivegrpo.coordinator.invites import ASK_HINT, invite_refusal
+from hivegrpo.coordinator.state import State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.checks import check_addresses
 from hivegrpo.protocol.config import AdmissionSection
 from hivegrpo.protocol.envelope import PROTOCOL
-from hivegrpo.protocol.errors import ChainError, FrameError
+from hivegrpo.protocol.errors import ChainError, FrameError, SignatureError, StaleError
+from hivegrpo.protocol.invites import open_token
 
 MAX_AGENT = 100
 
@@ -26,6 +30,32 @@ def refusal(join: pb.Join, peer: str, run: pb.RunManifest, admission: AdmissionS
     if any(address.rpartition("/p2p/")[2] != peer for address in join.addresses):
         raise FrameError("an address of the join does not end in the peer's own id")
     return None
+
+
+def use_of_invite(
+    state: State, join: pb.Join, peer: str, run_id: str, coordinator: str, now: float
+) -> str | list[ev.Event]:
+    """What happens by the invite that a join comes with, if this peer needs one; or why it may not join with it."""
+    admission = state.terms.config.admission
+    if admission.mode != "invite" or peer in state.members or peer in admission.peers:
+        return []
+    if not join.invite:
+        return f"invite: this run admits by invite, and this peer came without one; {ASK_HINT}, and {GIVE_HINT}"
+    try:
+        token = open_token(join.invite, run_id, coordinator)
+    except FrameError as error:
+        return f"invite: this is no whole token ({error.message}); paste all of it"
+    except StaleError as error:
+        return f"invite: this token is for another run ({error.message}); check the address, or {ASK_HINT}"
+    except SignatureError as error:
+        return f"invite: this token is forged or damaged ({error.message}); {ASK_HINT}"
+    refused = invite_refusal(state.invites, token, now)
+    if refused is not None:
+        return f"invite: {refused}"
+    return [ev.InviteUsed(now, token.id.hex(), peer, float(token.expires), token.uses)]
+
+
+GIVE_HINT = "give it with --invite, as HIVEGRPO_PEER_INVITE, or as invite in peer.toml"
 
 
 def check_head(chain: Chain, presented: pb.Signed) -> None:

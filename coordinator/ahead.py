@@ -116,7 +116,7 @@ def _grants(state: State, now: float) -> Iterator[ev.LeaseGranted]:
     """A share for each connected contributor, by its pace; what is left is for the others, at the commit."""
     config, ahead, coming = state.terms.config, state.ahead, state.round.version
     remaining = config.grpo.prompts_per_round - ahead.wanted
-    if state.phase not in (Phase.EXCHANGE, Phase.STEP) or coming >= config.run.versions:
+    if state.phase not in (Phase.EXCHANGE, Phase.STEP) or coming >= config.run.versions or state.paused:
         return
     if not ahead.waiting or remaining <= 0:
         return

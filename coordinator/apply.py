@@ -5,10 +5,11 @@ from typing import assert_never
 
 from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.ahead import adopt_ahead, await_ahead, expire_ahead, grant_ahead, meet_ahead, miss_ahead
+from hivegrpo.coordinator.invites import Invite
 from hivegrpo.coordinator.rates import follow
 from hivegrpo.coordinator.round import EVALUATION_PREFIX, Attempt, Audit, Granted, Held, Round, empty_pause
 from hivegrpo.coordinator.speeds import Pacing, Waiting, observe, observe_at_most
-from hivegrpo.coordinator.state import Ban, Head, Member, Phase, State
+from hivegrpo.coordinator.state import Ban, Head, Member, Phase, Promotion, State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.audits import draw, seed_of
 from hivegrpo.protocol.envelope import digest_of, parse
@@ -51,7 +52,22 @@ def apply(state: State, event: ev.Event) -> None:
         case ev.AuditReported(signed=signed):
             _audit(state, parse(pb.Signed, signed))
         case ev.PeerBanned(at=at, peer=peer):
-            _ban(state, peer, at, Ban(event.reason, event.root, event.size))
+            _ban(state, peer, at, Ban(event.reason, event.root, event.size, event.until))
+        case ev.BanLifted(peer=peer):
+            del state.banned[peer]
+            state.bans_that_end.pop(peer, None)
+        case ev.InviteIssued(invite=invite):
+            state.invites[invite] = Invite(event.expires, event.uses, event.note)
+        case ev.InviteUsed(invite=invite, peer=peer):
+            state.invites.setdefault(invite, Invite(event.expires, event.uses)).peers[peer] = None
+        case ev.InviteRevoked(invite=invite):
+            state.invites[invite].revoked = True
+        case ev.RunPaused():
+            state.paused = True
+        case ev.RunResumed():
+            state.paused = False
+        case ev.ReferencePromoted():
+            state.promotion = Promotion(event.version, event.reference)
         case ev.AttemptFailed(at=at, reason=reason):
             state.standing.charge([*event.culprits, *event.disputed], event.version)
             state.round.disputed = state.round.disputed or bool(event.disputed)
@@ -286,8 +302,11 @@ def _audit(state: State, signed: pb.Signed) -> None:
 
 
 def _ban(state: State, peer: str, at: float, ban: Ban) -> None:
-    """From here on it is away for good; what it still has in the round, `decide` ends by further events."""
+    """From here on it is away; what it still has in the round, `decide` ends by further events."""
     state.banned[peer] = ban
+    state.bans_that_end.pop(peer, None)
+    if ban.until is not None:
+        state.bans_that_end[peer] = ban.until
     state.round.rollouts.pop(peer, None)
     if peer in state.members:
         _leave(state, peer, at)
@@ -302,6 +321,10 @@ def _commit(state: State, payload: bytes) -> None:
     for contributor in manifest.contributors:
         state.members[contributor.peer].contributed += 1
     state.head = Head(manifest, payload, digest_of(payload))
+    if manifest.HasField("restores"):
+        state.restored[manifest.version] = manifest.restores
+    if manifest.promoted:
+        state.promotion = None
     state.last = attempt
     state.empty_rounds = 0
     state.trouble = ""

@@ -76,8 +76,8 @@ class Archive:
 
     def want(self, manifest: pb.VersionManifest) -> None:
         """Archive a version's state, if it is an anchor."""
+        self._reference = manifest.reference_version
         if self._is_anchor(manifest):
-            self._reference = max(self._reference, manifest.reference_version)
             self._open += 1
             self._wanted.put_nowait(manifest)
 
@@ -113,9 +113,13 @@ class Archive:
 
     def _is_anchor(self, manifest: pb.VersionManifest) -> bool:
         version = manifest.version
-        return version > 0 and (version % self._every == 0 or version in (self._final, manifest.reference_version))
+        regular = version % self._every == 0 or version in (self._final, manifest.reference_version)
+        return version > 0 and (regular or manifest.HasField("restores"))
 
     def _prune(self) -> None:
         spared = {self._final, self._reference, *sorted(self._kept)[-KEPT_ANCHORS:]}
+        roots = {self._kept[version].root for version in spared if version in self._kept}
         for version in [version for version in self._kept if version not in spared]:
-            self._store.remove(self._kept.pop(version).root)
+            root = self._kept.pop(version).root
+            if root not in roots:  # a rollback has the state of an older version
+                self._store.remove(root)

@@ -1,9 +1,13 @@
-"""What a banned peer still has in the round, and how it ends: its leases, its contribution, the attempt it is in."""
+"""What a banned peer still has in the round, and how it ends: its leases, its contribution, the attempt it is in.
+
+And how bans end, those that an operator set a time for.
+"""
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 from hivegrpo.coordinator import events as ev
-from hivegrpo.coordinator.state import Phase, State
+from hivegrpo.coordinator.state import Ban, Phase, State
 
 
 def end_of_banned(state: State, now: float) -> Iterator[ev.Event]:
@@ -28,3 +32,17 @@ def end_of_banned(state: State, now: float) -> Iterator[ev.Event]:
         if gone:
             reason = f"banned from the roster: {', '.join(gone)}"
             yield ev.AttemptFailed(now, current.version, current.attempts, reason)
+
+
+def ended_bans(state: State, now: float) -> Iterator[ev.Event]:
+    """Bans whose time is over."""
+    for peer, until in state.bans_that_end.items():
+        if now >= until:
+            yield ev.BanLifted(now, peer, "its time is over")
+
+
+def ban_words(ban: Ban) -> str:
+    """Why, and until when, for the peer and for people."""
+    if ban.until is None:
+        return ban.reason
+    return f"{ban.reason} (until {datetime.fromtimestamp(ban.until, UTC):%Y-%m-%d %H:%M} UTC)"

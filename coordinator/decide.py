@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.ahead import due_ahead, expire_all, next_ahead
 from hivegrpo.coordinator.audits import audits_until, next_turn, unaudited
-from hivegrpo.coordinator.bans import end_of_banned
+from hivegrpo.coordinator.bans import end_of_banned, ended_bans
 from hivegrpo.coordinator.metrics import why_empty
 from hivegrpo.coordinator.planning import (
     LARGEST_ROSTER,
@@ -40,13 +40,14 @@ class Decision:
 
 def decide(state: State, now: float) -> Decision:
     """Events to apply now. Ask again after applying them, until there are none."""
-    due = tuple(end_of_banned(state, now)) or due_ahead(state, now)
+    due = tuple(end_of_banned(state, now)) or tuple(ended_bans(state, now)) or due_ahead(state, now)
     if due:
         return Decision(due)
     decision = _of_round(state, now)
-    if decision.events or not state.ahead.away:
+    if decision.events or not (state.ahead.away or state.bans_that_end):
         return decision
-    return Decision(wake=min((at for at in (decision.wake, next_ahead(state)) if at is not None), default=None))
+    timers = (decision.wake, next_ahead(state), *state.bans_that_end.values())
+    return Decision(wake=min((at for at in timers if at is not None), default=None))
 
 
 def _of_round(state: State, now: float) -> Decision:
@@ -92,7 +93,7 @@ def _rollout(state: State, now: float) -> Decision:
     config, current = state.terms.config, state.round
     deadline = None if current.rollout_at is None else current.rollout_at + config.timing.lease
     late = bool(current.contributions) and deadline is not None and now >= deadline
-    if not late:
+    if not late and not state.paused:
         grants = tuple(_renewals(state, now) if current.iteration else _grants(state, now))
         if grants:
             return Decision(grants)
@@ -101,6 +102,8 @@ def _rollout(state: State, now: float) -> Decision:
         reason = "the deadline has passed" if late else "nothing more is expected"
         return Decision((*unfinished, ev.RolloutClosed(now, current.version, reason)))
     if not state.leases and not current.contributions:
+        if state.paused and current.rollout_at is None:
+            return Decision()
         if current.iteration:
             return _abandon(state, now, f"no rollout is left for iteration {current.iteration}")
         if current.empties:

@@ -158,13 +158,78 @@ class AuditReported(_Stored):
 
 @dataclass(frozen=True, slots=True)
 class PeerBanned(_Stored):
-    """For good: there is a proof of its fault, which is a blob of this root and size."""
+    """By a proof of its fault, which is a blob of this root and size, for good; or by the operator, without one."""
 
     at: float
     peer: str
     reason: str
-    root: bytes
-    size: int
+    root: bytes = b""
+    size: int = 0
+    until: float | None = None
+    """When an operator's ban ends by itself; None: never."""
+
+
+@dataclass(frozen=True, slots=True)
+class BanLifted(_Stored):
+    """An operator's ban has ended, by its time or by the operator."""
+
+    at: float
+    peer: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class InviteIssued(_Stored):
+    """A token was made; it is named by its id, in hex, and is itself nowhere."""
+
+    at: float
+    invite: str
+    expires: float
+    uses: int
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class InviteUsed(_Stored):
+    """A peer that was no member came with a genuine token; it joins by the next event."""
+
+    at: float
+    invite: str
+    peer: str
+    expires: float
+    uses: int
+
+
+@dataclass(frozen=True, slots=True)
+class InviteRevoked(_Stored):
+    """Nobody joins with this token any more; who did stays."""
+
+    at: float
+    invite: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunPaused(_Stored):
+    """No lease is granted until the run is resumed."""
+
+    at: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunResumed(_Stored):
+    """Leases are granted again."""
+
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReferencePromoted(_Stored):
+    """From `version` on, which is still to be made, the KL reference is version `reference`; None: `version` itself."""
+
+    at: float
+    version: int
+    reference: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +291,13 @@ Event = (
     | StepReported
     | AuditReported
     | PeerBanned
+    | BanLifted
+    | InviteIssued
+    | InviteUsed
+    | InviteRevoked
+    | RunPaused
+    | RunResumed
+    | ReferencePromoted
     | AttemptFailed
     | RoundAbandoned
     | RoundEmpty

@@ -8,6 +8,7 @@ from hivegrpo.protocol.transport.base import Stream
 
 QUEUE_FRAMES = 256
 SEND_SECONDS = 30.0
+FAREWELL_SECONDS = 2.0
 SESSION_SECONDS = 366 * 86_400.0
 """A follower says nothing after its join, so reading only waits for its end; silence is noticed by heartbeats."""
 
@@ -30,6 +31,12 @@ class Session:
     def end(self) -> None:
         """Drop the session now."""
         self._ended.set()
+
+    def replace(self, farewell: bytes) -> None:
+        """Drop the session once it was told why, or after a moment."""
+        self.push(farewell)
+        self.push(None)
+        asyncio.get_running_loop().call_later(FAREWELL_SECONDS, self.end)
 
     async def run(self) -> None:
         """Until either side ends it, as a session usually does; FrameError if the follower talks."""
@@ -69,11 +76,11 @@ class Followers:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def begin(self, peer: str, stream: Stream, now: float) -> Session:
-        """Register a session; frames pushed from now on go to it."""
+    def begin(self, peer: str, stream: Stream, now: float, farewell: bytes) -> Session:
+        """Register a session; frames pushed from now on go to it. An older one of the peer gets `farewell` at last."""
         older = self._sessions.get(peer)
         if older is not None:
-            older.end()
+            older.replace(farewell)
         session = self._sessions[peer] = Session(stream)
         self.hear(peer, now)
         return session

@@ -58,7 +58,23 @@ def _describe(event: ev.Event) -> tuple[str, Record]:
         case ev.AuditReported(signed=signed):
             return "audit", _audit(parse(pb.Signed, signed))
         case ev.PeerBanned(peer=peer, reason=reason, root=root, size=size):
-            return "banned", {"peer": peer, "reason": reason, "proof": {"root": root.hex(), "size": size}}
+            proof = {"root": root.hex(), "size": size} if root else None
+            return "banned", {"peer": peer, "reason": reason, "until": event.until, "proof": proof}
+        case ev.BanLifted(peer=peer, reason=reason):
+            return "ban_lifted", {"peer": peer, "reason": reason}
+        case ev.InviteIssued(invite=invite):
+            terms = {"expires": event.expires, "uses": event.uses, "note": event.note}
+            return "invite_issued", {"invite": invite, **terms}
+        case ev.InviteUsed(invite=invite, peer=peer):
+            return "invite_used", {"invite": invite, "peer": peer}
+        case ev.InviteRevoked(invite=invite):
+            return "invite_revoked", {"invite": invite}
+        case ev.RunPaused(reason=reason):
+            return "paused", {"reason": reason}
+        case ev.RunResumed():
+            return "resumed", {}
+        case ev.ReferencePromoted(version=version, reference=reference):
+            return "reference_promoted", {"version": version, "reference": reference}
         case ev.AttemptFailed(version=version, attempt=attempt, reason=reason):
             blamed = {"culprits": list(event.culprits), "disputed": list(event.disputed)}
             return "attempt_failed", {"version": version, "attempt": attempt, "reason": reason, **blamed}
@@ -188,6 +204,8 @@ def _version(payload: bytes) -> Record:
         "state_size": manifest.state.size,
         "contributors": [_contributor(contributor) for contributor in manifest.contributors],
         "reference_version": manifest.reference_version,
+        "restores": manifest.restores if manifest.HasField("restores") else None,
+        "promoted": manifest.promoted,
         "metrics": dict(manifest.metrics),
     }
 

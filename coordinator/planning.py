@@ -48,7 +48,7 @@ def lease_payload(
         wanted=wanted,
         max_weight=max_weight(wanted, config.grpo),
         seconds=config.timing.lease,
-        reference_version=reference_of(coming, reference, config.grpo) if ahead else reference,
+        reference_version=reference_at(state, coming)[0] if ahead else reference,
         evaluate=evaluate,
         ahead=ahead,
     )
@@ -101,7 +101,7 @@ def plan_payload(state: State, peers: Sequence[str]) -> bytes | None:
     sizes = shares(chunks, [state.rates.get(peer) for peer in reachable], len(roster))
     optimizer = config.optimizer
     scalars = StepScalars.for_step(
-        current.version,
+        state.optimizer_steps + 1,
         learning_rate=learning_rate(current.version, config.run.versions, optimizer),
         beta1=optimizer.adam_beta1,
         beta2=optimizer.adam_beta2,
@@ -191,6 +191,7 @@ def manifest_payload(state: State, ballot: Ballot) -> bytes:
     assert attempt is not None
     assert attempt.seal is not None
     root, spans = ballot
+    reference, promoted = reference_at(state, current.version)
     sealed = {contributor.peer for contributor in attempt.seal.contributors}
     manifest = pb.VersionManifest(
         version=current.version,
@@ -200,10 +201,34 @@ def manifest_payload(state: State, ballot: Ballot) -> bytes:
         spans=[pb.Blob(root=span_root, size=size) for span_root, size in spans],
         state=pb.Blob(root=root, size=state.terms.state_size),
         contributors=[contributor for contributor in attempt.plan.contributors if contributor.peer in sealed],
-        reference_version=reference_of(current.version, head.manifest.reference_version, state.terms.config.grpo),
+        reference_version=reference,
+        promoted=promoted,
         metrics=merge_metrics(
             [current.contributions[peer] for peer in sorted(sealed)], current.evaluation, state.terms.config.grpo
         ),
+    )
+    return _payload(manifest)
+
+
+def reference_at(state: State, version: int) -> tuple[int, bool]:
+    """The KL reference of the version that is being made, and whether an operator chose it."""
+    promotion, head = state.promotion, state.head
+    assert head is not None
+    if promotion is not None and version >= promotion.version:
+        return (version if promotion.reference is None else promotion.reference), True
+    return reference_of(version, head.manifest.reference_version, state.terms.config.grpo), False
+
+
+def rollback_payload(state: State, target: pb.VersionManifest) -> bytes:
+    """The version after the head, with the state, and the KL reference, of the older version `target`."""
+    head = state.head
+    assert head is not None
+    manifest = pb.VersionManifest(
+        version=head.manifest.version + 1,
+        parent=head.digest,
+        state=target.state,
+        reference_version=target.reference_version,
+        restores=target.version,
     )
     return _payload(manifest)
 

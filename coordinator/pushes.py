@@ -34,6 +34,10 @@ def push_of(event: ev.Event, state: State) -> Push | None:
             return _seed_push(state, _roster(state))
         case ev.VersionCommitted(payload=payload):
             return Push(None, "VersionManifest", payload)
+        case ev.RunPaused(reason=reason):
+            return _notice("paused", reason)
+        case ev.RunResumed():
+            return _notice("resumed", "")
         case _:
             return None
 
@@ -54,6 +58,8 @@ def current_for(state: State, peer: str, *, finished: bool) -> list[Push]:
             told.append(Push(to, "Seal", attempt.seal_payload))
         if attempt.drawn:
             told.append(_seed_push(state, to))
+    if state.paused:
+        told.append(_notice("paused", "", to))
     if finished:
         told.append(finished_push(state, to))
     return told
@@ -62,8 +68,16 @@ def current_for(state: State, peer: str, *, finished: bool) -> list[Push]:
 def finished_push(state: State, peers: tuple[str, ...] | None = None) -> Push:
     """The run's end."""
     assert state.phase is Phase.FINISHED
-    notice = pb.Notice(kind="finished", text=f"version {state.version} was the last; thank you")
-    return Push(peers, "Notice", notice.SerializeToString(deterministic=True))
+    return _notice("finished", f"version {state.version} was the last; thank you", peers)
+
+
+def replaced_push(peer: str) -> Push:
+    """To the older of a peer's two sessions."""
+    return _notice("replaced", "a newer session of the same identity has its place", (peer,))
+
+
+def _notice(kind: str, text: str, peers: tuple[str, ...] | None = None) -> Push:
+    return Push(peers, "Notice", pb.Notice(kind=kind, text=text).SerializeToString(deterministic=True))
 
 
 def state_holders(state: State, version: int) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 from google.protobuf.message import Message
 
 from hivegrpo.coordinator import events as ev
+from hivegrpo.coordinator.bans import ban_words
 from hivegrpo.coordinator.round import Attempt, ballot_of
 from hivegrpo.coordinator.state import Phase, State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
@@ -47,7 +48,7 @@ def judge(
     if peer not in state.members:
         return Verdict(False, "unknown: this peer has not joined")
     if peer in state.banned:
-        return Verdict(False, f"banned: {state.banned[peer].reason}")
+        return Verdict(False, f"banned: {ban_words(state.banned[peer])}")
     kind, judge_one = _JUDGES[signed.type]
     return judge_one(state, open_signed(signed, run_id, kind, peer, verify), now)
 

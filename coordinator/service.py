@@ -13,16 +13,18 @@ from typing import Any
 import structlog
 
 from hivegrpo.coordinator import events as ev
-from hivegrpo.coordinator.admission import MAX_AGENT, check_head, refusal
+from hivegrpo.coordinator.admission import MAX_AGENT, check_head, refusal, use_of_invite
 from hivegrpo.coordinator.apply import apply
 from hivegrpo.coordinator.archive import Archive
+from hivegrpo.coordinator.bans import ban_words
 from hivegrpo.coordinator.bench import Bench, JudgeProof
 from hivegrpo.coordinator.decide import decide
 from hivegrpo.coordinator.followers import Followers
 from hivegrpo.coordinator.journal import Journal, disk_error
 from hivegrpo.coordinator.log import DAMAGED_HINT, EventLog
+from hivegrpo.coordinator.operator import Operator
 from hivegrpo.coordinator.prober import Prober
-from hivegrpo.coordinator.pushes import Push, current_for, finished_push, push_of, state_holders
+from hivegrpo.coordinator.pushes import Push, current_for, finished_push, push_of, replaced_push, state_holders
 from hivegrpo.coordinator.reports import judge, open_heartbeat
 from hivegrpo.coordinator.secret import audit_secret, keep_audit_secret
 from hivegrpo.coordinator.snapshots import read_snapshot, take_snapshot
@@ -101,6 +103,7 @@ class Coordinator:
         self._wake = asyncio.Event()
         self._fatal: Exception | None = None
         self._closing = False
+        self._restored = asyncio.Event()
         self._told_finished_at: float | None = None
         self._pulses: dict[str, Pulse] = {}
         self._noise = Noise()
@@ -127,6 +130,18 @@ class Coordinator:
             on_idle=self._wake.set,
         )
 
+        self.operator = Operator(
+            identity=identity,
+            chain=self.chain.chain,
+            blobs=blobs,
+            state=lambda: self.state,
+            ready=self._restored.wait,
+            happen=self._order,
+            written=lambda: self._journal.written(),
+            snapshot=self.snapshot,
+            clock=clock,
+        )
+
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set, or until the run is finished if it is to exit then.
 
@@ -134,6 +149,7 @@ class Coordinator:
         """
         self._restore()
         self._bench.clear()
+        self._restored.set()
         await serve_chain(self._transport, self.chain.chain)
         await self._blob_server.start(self._transport)
         await self._transport.serve_call(REPORT, self._on_report)
@@ -284,7 +300,7 @@ class Coordinator:
         if isinstance(event, ev.PeerLeft | ev.PeerBanned):
             self._followers.end(event.peer)
         if isinstance(event, ev.PeerBanned):
-            log.error("a peer is banned by proof", peer=event.peer, reason=event.reason, proof=event.root.hex())
+            log.error("a peer is banned", peer=event.peer, reason=event.reason, proof=event.root.hex())
         if isinstance(event, ev.RoundEmpty):
             self._warn("nothing to learn in a round", version=str(event.version), reason=event.reason)
         if self._on_event is not None:
@@ -318,7 +334,8 @@ class Coordinator:
 
     def _ban(self, peer: str, reason: str, proof: BlobRef) -> None:
         """By a proof that holds, and is kept."""
-        if peer not in self.state.banned:
+        ban = self.state.banned.get(peer)
+        if ban is None or not ban.proved:
             self._happen([ev.PeerBanned(self._clock(), peer, reason, proof.root, proof.size)])
 
     def _on_probed(self, peer: str, addresses: Sequence[str], reachable: bool) -> None:
@@ -341,14 +358,18 @@ class Coordinator:
         join = open_signed(await stream.receive(MAX_CALL_BYTES), self.run_id, pb.Join, signer=peer).message
         if self._closing:
             return  # no refusal: the peer tries again, and finds whoever comes after
-        refused = self._refusal(join, peer)
-        if refused is not None:
-            self._warn("join refused", peer=peer, reason=refused)
-            await stream.send(_ack(refused))
-            return
         now = self._clock()
-        session = self._followers.begin(peer, stream, now)
+        admitted = self._admit(join, peer, now)
+        if isinstance(admitted, str):
+            self._warn("join refused", peer=peer, reason=admitted)
+            await stream.send(_ack(admitted))
+            return
+        replaced = replaced_push(peer)
+        farewell = self._sign(replaced.type, replaced.payload).SerializeToString()
+        session = self._followers.begin(peer, stream, now, farewell)
         session.push(_ack(None))
+        for event in admitted:
+            self._take(event)
         self._take(ev.PeerJoined(now, peer, tuple(join.addresses), join.agent[:MAX_AGENT]))
         for push in current_for(self.state, peer, finished=self._told_finished_at is not None):
             session.push(self._sign(push.type, push.payload).SerializeToString())
@@ -361,15 +382,23 @@ class Coordinator:
             if gone and not self._closing and self._fatal is None and self.state.members[peer].connected:
                 self._happen([ev.PeerDisconnected(self._clock(), peer)])
 
-    def _refusal(self, join: pb.Join, peer: str) -> str | None:
-        """Why this join is refused; None if it is not. Evidence that going on would fork the chain ends `run`."""
+    def _order(self, events: Sequence[ev.Event]) -> None:
+        """Let happen what an operator ordered."""
+        if self._closing:
+            raise RemoteError("the coordinator is stopping")
+        self._happen(events)
+
+    def _admit(self, join: pb.Join, peer: str, now: float) -> str | list[ev.Event]:
+        """Why this join is refused, or what happens by it. Evidence that going on would fork the chain ends `run`."""
         if peer in self.state.banned:
-            return f"banned: {self.state.banned[peer].reason}"
+            return f"banned: {ban_words(self.state.banned[peer])}"
         try:
             refused = refusal(join, peer, self._manifest, self._config.admission)
-            if refused is None and join.HasField("head"):
+            if refused is not None:
+                return refused
+            if join.HasField("head"):
                 check_head(self.chain.chain, join.head)
-            return refused
+            return use_of_invite(self.state, join, peer, self.run_id, self._identity.peer_id, now)
         except ChainError as error:
             self._stop_for(error)
             return f"fork: {error.message}"

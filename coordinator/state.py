@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Self
 
+from hivegrpo.coordinator.invites import Invite
 from hivegrpo.coordinator.positions import Positions
 from hivegrpo.coordinator.round import Ahead, Attempt, Granted, Round
 from hivegrpo.coordinator.speeds import Waiting
@@ -80,11 +81,28 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Ban:
-    """Why a peer takes no part any more, and the blob that proves it."""
+    """Why a peer takes no part any more, and the blob that proves it, if it is banned by proof."""
 
     reason: str
-    root: bytes
-    size: int
+    root: bytes = b""
+    size: int = 0
+    until: float | None = None
+    """When an operator's ban ends by itself."""
+
+    @property
+    def proved(self) -> bool:
+        """Whether it is by proof, and for good."""
+        return bool(self.root)
+
+
+@dataclass(frozen=True, slots=True)
+class Promotion:
+    """An operator's order about the KL reference."""
+
+    version: int
+    """The first version that has it."""
+    reference: int | None
+    """None: that version itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +130,16 @@ class State:
     """Digests of the head's contributions by lease and iteration, for reports that are repeated late."""
     members: dict[str, Member] = field(default_factory=dict)
     banned: dict[str, Ban] = field(default_factory=dict)
+    bans_that_end: dict[str, float] = field(default_factory=dict)
+    """When those bans end that do so by themselves."""
+    invites: dict[str, Invite] = field(default_factory=dict)
+    """By id, in hex."""
+    paused: bool = False
+    """Whether no leases are to be granted."""
+    promotion: Promotion | None = None
+    """What is ordered of the KL reference, until a version has it."""
+    restored: dict[int, int] = field(default_factory=dict)
+    """Rollbacks: a version -> the older one whose state it has."""
     connected: dict[str, None] = field(default_factory=dict)
     unserved: Waiting = field(default_factory=Waiting)
     """Connected peers without a lease or a contribution in this round."""
@@ -139,3 +167,12 @@ class State:
     def version(self) -> int:
         """Version of the head; -1 before version 0."""
         return self.head.manifest.version if self.head else -1
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps that the head's state has behind it: the state of an older version has as many as it had then."""
+        version, steps = max(self.version, 0), 0
+        for at, older in reversed(self.restored.items()):
+            if at <= version:
+                version, steps = older, steps + version - at
+        return steps + version

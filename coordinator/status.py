@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hivegrpo.coordinator.bans import ban_words
 from hivegrpo.coordinator.evidence import contribution_evidence
 from hivegrpo.coordinator.state import Member, Phase, State
 
@@ -39,7 +40,8 @@ def snapshot(state: State, heartbeats: Mapping[str, Pulse], now: float) -> dict[
         "empty_rounds": state.empty_rounds,
         "evidence": contribution_evidence(state.last) if state.last else [],
         "trouble": state.trouble or _genesis_trouble(state),
-        "banned": {peer: ban.reason for peer, ban in sorted(state.banned.items())},
+        "paused": state.paused,
+        "banned": {peer: ban_words(ban) for peer, ban in sorted(state.banned.items())},
         "peers": [
             _peer(state, peer, member, heartbeats.get(peer), now) for peer, member in sorted(state.members.items())
         ],

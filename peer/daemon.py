@@ -105,6 +105,7 @@ async def run_peer(
             stop=stop,
             show=show,
             base=base,
+            invite=settings.invite.get_secret_value().strip() if settings.invite is not None else "",
         )
 
 
@@ -122,11 +123,12 @@ async def work_in_run(
     stop: asyncio.Event,
     show: Show,
     base: Path | None = None,
+    invite: str = "",
 ) -> None:
     """The part of `run_peer` that needs no model: catch up, join, and work with whatever `learner` it is given.
 
-    `sharing` serves already.
-    `base` is the folder of the base model, for version 0 of a run that trains every parameter.
+    `sharing` serves already. `base` is the folder of the base model, for version 0 of a run that trains every
+    parameter; `invite` is the token to join with, which a member needs no more.
     """
     chain = chainfile.chain
     loop = asyncio.get_running_loop()
@@ -151,7 +153,7 @@ async def work_in_run(
             identity=identity,
             transport=transport,
             directory=directory,
-            join=lambda: _join(transport, chain),
+            join=lambda: _join(transport, chain, invite),
         )
         codec = get_codec(config.averaging.codec)
         keep = config.distribution.keep_versions
@@ -226,21 +228,23 @@ def _check_arithmetic(chain: Chain) -> None:
         )
 
 
-def _join(transport: Transport, chain: Chain) -> pb.Join:
+def _join(transport: Transport, chain: Chain, invite: str) -> pb.Join:
     return pb.Join(
         protocol=PROTOCOL,
         addresses=transport.addresses()[:MAX_ADDRESSES],
         known_answer=chain.manifest.message.digests["known_answer"],
         head=chain.head.manifest.signed if chain.head else None,
         agent=f"hivegrpo/{installed_version('hivegrpo')}",
+        invite=invite,
     )
 
 
 async def _heartbeats(session: Session, volunteer: Volunteer, versions: Versions, show: Show) -> None:
     """Tell the coordinator and the user how this peer is doing."""
     while True:
-        beat = pb.Heartbeat(version=versions.version, state=volunteer.state, metrics=volunteer.metrics)
-        show({"kind": "status", "version": versions.version, "state": volunteer.state, **volunteer.metrics})
+        state = "paused" if session.paused and volunteer.state == "online" else volunteer.state
+        beat = pb.Heartbeat(version=versions.version, state=state, metrics=volunteer.metrics)
+        show({"kind": "status", "version": versions.version, "state": state, **volunteer.metrics})
         await session.tell(beat)
         await asyncio.sleep(HEARTBEAT_SECONDS)
 

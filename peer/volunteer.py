@@ -293,9 +293,13 @@ class Volunteer:
         elif follows and shadow and shadow.is_made_by(head.message):
             versions.extend(pb.ChainEntry(manifest=head.signed, plan=shadow.plan.signed, seal=shadow.seal.signed))
             await self._on_canonical(versions.adopt, version, shadow.state, shadow.root)
+            if versions.missing_reference() is not None:
+                await self._synchronise()
         else:
             if shadow and shadow.plan.digest == head.message.plan:
                 log.error("this machine's step gave another root; replaying from the sealed bytes", version=version)
+            if head.message.HasField("restores") and self._session.lease is not None:
+                self._done_lease = _name(self._session.lease.message)  # of what the run has given up
             await self._synchronise()
         if self._ahead is not None:
             self._ahead.exchange_ended()

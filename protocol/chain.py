@@ -31,7 +31,7 @@ M = TypeVar("M", bound=Message)
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A committed version with the plan and the seal it came from (None for version 0)."""
+    """A committed version with the plan and the seal it came from (None for version 0 and for rollbacks)."""
 
     manifest: Opened[pb.VersionManifest]
     plan: Opened[pb.RoundPlan] | None
@@ -186,7 +186,10 @@ class Chain:
         if named is not None and named.message.first == version and named.message.parent != parent:
             raise ForkError(f"The run key lets version {version} continue another history.", SUCCESSION_HINT)
         before = self.head.manifest.message.reference_version if self.head else 0
-        if manifest.message.reference_version not in (before, version):
+        if manifest.message.HasField("restores"):
+            self._check_rollback(manifest.message)
+            return Entry(manifest, None, None)
+        if manifest.message.reference_version not in (before, version) and not manifest.message.promoted:
             raise ChainError(f"Version {version} goes back to an older reference version.", WRONG_CHAIN_HINT)
         if version == 0:
             return Entry(manifest, None, None)
@@ -211,6 +214,14 @@ class Chain:
         if self.entries[version].manifest.digest == manifest.digest:
             return ReplayError(f"{text} again.", WRONG_CHAIN_HINT)
         return ForkError(f"{text}, another one than was verified before.", WRONG_CHAIN_HINT)
+
+    def _check_rollback(self, manifest: pb.VersionManifest) -> None:
+        older = self.entries[manifest.restores].manifest.message
+        if (manifest.state, manifest.reference_version) != (older.state, older.reference_version):
+            raise ChainError(
+                f"Version {manifest.version} goes back to version {older.version}, but not to its state and reference.",
+                WRONG_CHAIN_HINT,
+            )
 
     def _signed(self, envelope: pb.Signed, kind: type[M]) -> Opened[M]:
         return open_signed(envelope, self.run_id, kind, signer=self._line.signer_of(self.height + 1))

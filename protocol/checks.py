@@ -182,16 +182,19 @@ def check_step_report(report: pb.StepReport, plan: pb.RoundPlan) -> None:
 
 
 def check_manifest(manifest: pb.VersionManifest) -> None:
-    """Well-formed digests and a reference that exists; version 0 has no plan, all others have one."""
+    """Well-formed digests and a reference that exists; version 0 and rollbacks have no plan, all others have one."""
     check_digest(manifest.parent, "the manifest's parent")
     check_digest(manifest.state.root, "the state root")
     check_metrics(manifest.metrics, most=sys.float_info.max)
     if manifest.reference_version > manifest.version:
         raise FrameError(f"version {manifest.version} refers to version {manifest.reference_version}, which is to come")
+    restores = manifest.HasField("restores")
+    if restores and (manifest.restores >= manifest.version or manifest.spans or manifest.contributors):
+        raise FrameError(f"version {manifest.version} is no rollback to an older version")
     for digest in (manifest.plan, manifest.seal):
-        if manifest.version == 0:
+        if manifest.version == 0 or restores:
             if digest:
-                raise FrameError("version 0 names a plan or a seal")
+                raise FrameError(f"version {manifest.version} names a plan or a seal")
         else:
             check_digest(digest, "the manifest's plan or seal")
     for span in manifest.spans:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from platformdirs import user_config_path
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from hivegrpo.protocol.errors import ConfigError, MismatchError, SignatureError
@@ -306,15 +306,17 @@ class TimingSection(Section):
 
 
 class AdmissionSection(Section):
-    mode: Literal["open", "allow_list"] = "open"
-    """Who may join: anybody, or the peers listed."""
+    mode: Literal["open", "allow_list", "invite"] = "invite"
+    """Who may join: anybody, the peers listed, or whoever has an invite of the coordinator's."""
     peers: tuple[str, ...] = ()
-    """Peer ids of the allow-list."""
+    """Peer ids of the allow-list; with mode "invite", of those that need none."""
 
     @model_validator(mode="after")
     def _list_or_open(self) -> Self:
-        if (self.mode == "allow_list") != bool(self.peers):
-            raise ValueError('mode "allow_list" needs peers, and mode "open" takes none')
+        if self.mode == "allow_list" and not self.peers:
+            raise ValueError('mode "allow_list" needs peers')
+        if self.mode == "open" and self.peers:
+            raise ValueError('mode "open" takes no peers')
         return self
 
 
@@ -414,7 +416,9 @@ class RunConfig(Section):
             return cls.model_validate_json(text)
         except ValidationError as error:
             complaint = explain(error, cls, "The run's configuration")
-            raise MismatchError(complaint.message, "Install the version of hivegrpo that the run uses.") from None
+            raise MismatchError(
+                complaint.message, "Install the version of hivegrpo that the run uses: pip install -U hivegrpo."
+            ) from None
 
     def canonical_json(self) -> str:
         """Sorted keys, no spaces, defaults filled in: equal configs have equal bytes."""
@@ -483,6 +487,8 @@ class PeerConfig(DaemonConfig):
     model_config = SettingsConfigDict(env_prefix="HIVEGRPO_PEER_")
     role: ClassVar[str] = "peer"
 
+    invite: SecretStr | None = None
+    """Token of whoever launched the run, to join it for the first time."""
     upload_mbit: float | None = Field(default=None, ge=1.0, le=100_000.0)
     """Most that this peer sends, in 10^6 bits a second; no cap if left out."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -513,12 +513,15 @@ class Join(_message.Message):
     KNOWN_ANSWER_FIELD_NUMBER: _builtins.int
     HEAD_FIELD_NUMBER: _builtins.int
     AGENT_FIELD_NUMBER: _builtins.int
+    INVITE_FIELD_NUMBER: _builtins.int
     protocol: _builtins.str
     """"hivegrpo/1" """
     known_answer: _builtins.bytes
     """digest of the known-answer test"""
     agent: _builtins.str
     """software and version, for the display"""
+    invite: _builtins.str
+    """a token, if the run admits by invite and this peer is no member yet"""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """where others can dial this peer"""
@@ -535,14 +538,49 @@ class Join(_message.Message):
         known_answer: _builtins.bytes = ...,
         head: Global___Signed | None = ...,
         agent: _builtins.str = ...,
+        invite: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "agent", b"agent", "head", b"head", "known_answer", b"known_answer", "protocol", b"protocol"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "agent", b"agent", "head", b"head", "invite", b"invite", "known_answer", b"known_answer", "protocol", b"protocol"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Join: _TypeAlias = Join  # noqa: Y015
+
+@_typing.final
+class Invite(_message.Message):
+    """C -> whoever may join, by hand, as a token: its signature, then its bytes"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    EXPIRES_FIELD_NUMBER: _builtins.int
+    USES_FIELD_NUMBER: _builtins.int
+    run: _builtins.bytes
+    """first 8 bytes of the run id, to tell whose it is; the signature covers all of it"""
+    id: _builtins.bytes
+    """8 bytes"""
+    expires: _builtins.int
+    """Unix time, by the coordinator's clock"""
+    uses: _builtins.int
+    """peers that may join with it; 0: any number"""
+    def __init__(
+        self,
+        *,
+        run: _builtins.bytes = ...,
+        id: _builtins.bytes = ...,
+        expires: _builtins.int = ...,
+        uses: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires", b"expires", "id", b"id", "run", b"run", "uses", b"uses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Invite: _TypeAlias = Invite  # noqa: Y015
 
 @_typing.final
 class Welcome(_message.Message):
@@ -1497,6 +1535,8 @@ class VersionManifest(_message.Message):
     CONTRIBUTORS_FIELD_NUMBER: _builtins.int
     REFERENCE_VERSION_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
+    RESTORES_FIELD_NUMBER: _builtins.int
+    PROMOTED_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     parent: _builtins.bytes
     """digest of the manifest before; of the RunManifest for version 0"""
@@ -1504,6 +1544,10 @@ class VersionManifest(_message.Message):
     seal: _builtins.bytes
     reference_version: _builtins.int
     """the KL reference of what is sampled under this version"""
+    restores: _builtins.int
+    """a rollback: this state is that of an older version; no plan, seal or spans"""
+    promoted: _builtins.bool
+    """an operator chose reference_version; the run's settings would give another"""
     @_builtins.property
     def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___Blob]: ...
     @_builtins.property
@@ -1530,12 +1574,16 @@ class VersionManifest(_message.Message):
         contributors: _abc.Iterable[Global___Contributor] | None = ...,
         reference_version: _builtins.int = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        restores: _builtins.int | None = ...,
+        promoted: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["state", b"state"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_restores", b"_restores", "restores", b"restores", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contributors", b"contributors", "metrics", b"metrics", "parent", b"parent", "plan", b"plan", "reference_version", b"reference_version", "seal", b"seal", "spans", b"spans", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_restores", b"_restores", "contributors", b"contributors", "metrics", b"metrics", "parent", b"parent", "plan", b"plan", "promoted", b"promoted", "reference_version", b"reference_version", "restores", b"restores", "seal", b"seal", "spans", b"spans", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__restores: _TypeAlias = _typing.Literal["restores"]  # noqa: Y015
+    _WhichOneofArgType__restores: _TypeAlias = _typing.Literal["_restores", b"_restores"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__restores) -> _WhichOneofReturnType__restores | None: ...
 
 Global___VersionManifest: _TypeAlias = VersionManifest  # noqa: Y015
 

@@ -8,7 +8,7 @@ the same for histories that are there as a whole. They cover the invariants of t
 3. nothing counts twice: no prompt position (but in the iterations of one lease), no contribution, no version;
 4. one chain: no fork, no gap, across crashes of anything;
 5. every committed span equals its rule applied to the sealed chunks;
-6. no honest peer is banned: each ban names a blob, and that proves a fault of the peer;
+6. no honest peer is banned by rule: each ban that no operator ordered names a blob, which proves a fault of the peer;
 7. once nothing goes wrong any more, the next version is committed within a stated time.
 
 The coordinator's records are those of `coordinator.history.read_records`. Of a peer's records it reads "version"
@@ -151,7 +151,10 @@ class Checker:
                 for peer in sorted({item["peer"] for item in record["contributors"]} & self._bans.keys()):
                     yield Violation(6, f"{peer} was banned, and is in a later plan, of version {record['version']}")
             case "banned":
-                self._bans.setdefault(record["peer"], record)
+                self._bans[record["peer"]] = record
+            case "ban_lifted":
+                if self._bans.pop(record["peer"], record).get("proof"):
+                    yield Violation(6, f"the ban of {record['peer']} was lifted, and there is a proof of its fault")
             case "seal":
                 self._seals[record["digest"]] = record
             case "version":
@@ -258,13 +261,23 @@ class Checker:
             yield Violation(4, f"version {version} does not continue the version before it")
         self._versions.append(_Version(record["digest"], record["state_root"], record["at"]))
         self._numbers.add(version)
-        if version > 0:
+        if record.get("restores") is not None:
+            yield from self._rollback(record)
+        elif version > 0:
             yield from self._origin(record)
         self._plans, self._seals = {}, {}
         if len({contributor.get("iteration", 0) for contributor in record["contributors"]}) > 1:
             yield Violation(3, f"version {version} counts contributions of several iterations")
         for contributor in record["contributors"]:
             yield from self._count(contributor, version)
+
+    def _rollback(self, record: Record) -> Iterator[Violation]:
+        """It has the state of an older version, and nothing was averaged for it."""
+        version, older = record["version"], record["restores"]
+        if not 0 <= older < version or record["state_root"] != self._versions[older].state_root:
+            yield Violation(1, f"version {version} goes back to version {older}, and has another state root")
+        if record["contributors"] or record["spans"]:
+            yield Violation(2, f"version {version} goes back to version {older}, and counts contributions")
 
     def _origin(self, record: Record) -> Iterator[Violation]:
         """The manifest follows from its plan and seal, and the seal's coefficients from the plan's weights."""
@@ -333,6 +346,8 @@ class Checker:
     def _check_bans(self, judge: Judge) -> Iterator[Violation]:
         for peer, record in self._bans.items():
             proof = record["proof"]
+            if proof is None:
+                continue
             if peer not in judge(bytes.fromhex(proof["root"]), proof["size"]):
                 yield Violation(6, f"{peer} is banned by a blob that does not prove its fault: {proof['root'][:16]}")
 

@@ -51,9 +51,11 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 def test_the_commands_are_those_of_the_manual() -> None:
     assert {" ".join(path) for path in EVERY} == {
-        "", "coordinator", "coordinator run", "coordinator succeed", "peer", "peer run", "run-key", "run-key create",
-        "run-key sign", "solo", "demo", "chat", "export", "check",
-        "verify-span", "watch"
+        "", "coordinator", "coordinator run", "coordinator succeed", "coordinator status", "coordinator pause",
+        "coordinator resume", "coordinator promote-reference", "coordinator rollback", "coordinator ban",
+        "coordinator unban", "coordinator invite", "coordinator revoke", "coordinator verify", "peer", "peer run",
+        "run-key", "run-key create", "run-key sign", "solo", "demo", "chat", "export", "check", "verify-span", "watch",
+        "simulate"
     }  # fmt: skip
 
 

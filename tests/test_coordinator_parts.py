@@ -30,7 +30,7 @@ def machine() -> Iterator[Machine]:
 def test_joins_are_refused_in_words() -> None:
     run = pb.RunManifest(digests={"known_answer": b"k" * 32})
     peer = Identity.generate().peer_id
-    anyone, listed = AdmissionSection(), AdmissionSection(mode="allow_list", peers=(peer,))
+    anyone, listed = AdmissionSection(mode="open"), AdmissionSection(mode="allow_list", peers=(peer,))
     join = pb.Join(protocol=PROTOCOL, known_answer=b"k" * 32, addresses=[f"/ip4/10.0.0.1/tcp/1/p2p/{peer}"])
     assert refusal(join, peer, run, anyone) is None
     assert refusal(join, peer, run, listed) is None

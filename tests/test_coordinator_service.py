@@ -207,7 +207,7 @@ def test_a_newer_session_takes_the_place_of_the_older(tmp_path: Path) -> None:
             older, _ = await peer.join(transport)
             newer, ack = await peer.join(transport)
             assert ack.accepted
-            assert await frames_until_end(older) == ["Welcome"]
+            assert await frames_until_end(older) == ["Welcome", "Notice"]
             assert coordinator.state.members[peer.peer_id].connected
             welcome = parse(pb.Signed, await newer.receive(MAX_CALL_BYTES))
             assert welcome.type == "Welcome"

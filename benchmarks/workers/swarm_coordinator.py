@@ -64,6 +64,7 @@ def run_config(peers: int, versions: int, tables: dict[str, Any]) -> RunConfig:
             "grpo": {"prompts_per_round": peers},
             "averaging": {"audit_rate": 0.0},
             "distribution": {"anchor_every": versions, "keep_versions": versions},
+            "admission": {"mode": "open"},
             **tables,
         }
     )

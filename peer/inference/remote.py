@@ -86,12 +86,17 @@ class _Fetcher:
         """
         config = self._run.config
         every = config.distribution.anchor_every
-        for number in range(min(version, self._run.chain.height), max(version - 2 * every, 0), -1):
+        number = min(version, self._run.chain.height)
+        for _ in range(2 * every):
+            if number <= 0:
+                return
             manifest = self._run.chain.entries[number].manifest.message
-            is_anchor = number % every == 0 or number == config.run.versions
+            restores = manifest.HasField("restores")
+            is_anchor = number % every == 0 or number == config.run.versions or restores
             if is_anchor and await self._try([manifest.state]):
                 return
             await self._try(manifest.spans)
+            number = manifest.restores if restores else number - 1
 
     async def _try(self, blobs: Sequence[pb.Blob]) -> bool:
         try:

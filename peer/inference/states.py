@@ -33,7 +33,7 @@ def available(run: LocalRun) -> list[int]:
     """Versions that can be made here, oldest first. Version 0 comes from the seed and needs no blob."""
     versions: list[int] = []
     for version, manifest in enumerate(_manifests(run)):
-        follows = version - 1 in versions[-1:] and all(run.has(ref_of(span)) for span in manifest.spans)
+        follows = _before(manifest) in versions and all(run.has(ref_of(span)) for span in manifest.spans)
         if version == 0 or follows or run.has(ref_of(manifest.state)):
             versions.append(version)
     return versions
@@ -77,20 +77,28 @@ def policy_vector(run: LocalRun, version: int, base: Path) -> Tensor:
 def _make(run: LocalRun, version: int, base: Path) -> PolicyState:
     """The newest state at or before a version, and the updates from there on."""
     manifests = _manifests(run)
-    anchors = (number for number in range(version, 0, -1) if run.has(ref_of(manifests[number].state)))
-    anchor = next(anchors, 0)
+    anchor, updates = version, list[int]()
+    while anchor > 0 and not run.has(ref_of(manifests[anchor].state)):
+        if not manifests[anchor].HasField("restores"):
+            updates.append(anchor)
+        anchor = _before(manifests[anchor])
     layout = [(tensor.name, tuple(tensor.shape)) for tensor in run.chain.manifest.message.layout]
     if anchor == 0:
         state = PolicyState.initial(version_zero(layout, run.config, base))
     else:
         data = run.read(ref_of(manifests[anchor].state), f"the state of version {anchor}")
         state = state_from_bytes(data, sum(prod(shape) for _, shape in layout))
-    for number in range(anchor + 1, version + 1):
+    for number in reversed(updates):
         plan = run.chain.entries[number].plan
         assert plan is not None
         spans = [run.read(ref_of(span), f"an update to version {number}") for span in manifests[number].spans]
         state = replay(state, plan.message, spans)
     return state
+
+
+def _before(manifest: pb.VersionManifest) -> int:
+    """The version whose state this one is made from, by its updates; or is, if the run went back to it."""
+    return manifest.restores if manifest.HasField("restores") else manifest.version - 1
 
 
 def _manifests(run: LocalRun) -> list[pb.VersionManifest]:

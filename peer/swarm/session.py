@@ -18,6 +18,7 @@ from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.checks import check_addresses, check_lease, check_manifest, check_plan, check_seal
 from hivegrpo.protocol.envelope import Opened, open_signed, parse, sign
 from hivegrpo.protocol.errors import (
+    BusyError,
     FrameError,
     MismatchError,
     SignatureError,
@@ -67,6 +68,8 @@ class Session:
         self.audit_seed: tuple[bytes, bytes] | None = None
         """Digest of the seal whose spans are to be audited, and the seed that says which, and by whom."""
         self.finished = False
+        self.paused = False
+        """Whether the run grants no leases for now."""
         self.connected = False
         self.joins = 0
         self._address = address
@@ -87,7 +90,10 @@ class Session:
         }
 
     async def run(self) -> None:
-        """Stay joined until cancelled. MismatchError if refused, UnreachableError after ten minutes of silence."""
+        """Stay joined until cancelled. MismatchError if refused, UnreachableError after ten minutes of silence.
+
+        BusyError if this identity joins from elsewhere.
+        """
         loop = asyncio.get_running_loop()
         silent_since = loop.time()
         backoff = FIRST_BACKOFF
@@ -223,14 +229,24 @@ class Session:
 
     def _take_notice(self, signed: pb.Signed) -> None:
         notice = self._open(signed, pb.Notice).message
-        self.finished = self.finished or notice.kind == "finished"
-        if notice.kind == NOTICE:
-            self.audit_seed = read_seed(notice)
+        match notice.kind:
+            case "finished":
+                self.finished = True
+            case "paused" | "resumed":
+                self.paused = notice.kind == "paused"
+            case "replaced":
+                raise BusyError(
+                    "This identity has joined the run from elsewhere, and takes part there from now on.",
+                    "Run it in one place; a second machine, or a second --home, has an identity of its own.",
+                )
+            case _ if notice.kind == NOTICE:
+                self.audit_seed = read_seed(notice)
 
     async def _set_connected(self, connected: bool) -> None:
         async with self._changed:
             self.connected = connected
             self.joins += connected
+            self.paused = False
             self._changed.notify_all()
 
 

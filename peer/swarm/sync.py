@@ -91,8 +91,9 @@ class Synchroniser:
                 log.info("the newest anchor is not to be had; replaying updates", anchor=anchor, reason=str(error))
         while versions.version < versions.chain.height:
             following = versions.version + 1
-            await sharing.fetch_all(versions.span_refs(following), self._roster(following), seeded=False)
-            await self._on_worker(versions.replay_next)
+            rollback = versions.is_rollback(following)
+            await sharing.fetch_all(versions.update_refs(following), self._roster(following), seeded=rollback)
+            await self._on_worker(versions.advance)
         reference = versions.missing_reference()
         if reference is not None:
             await sharing.fetch(versions.state_ref(reference), self._roster(reference))

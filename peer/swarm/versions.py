@@ -43,13 +43,14 @@ class Versions:
         self, home: Path, chainfile: ChainFile, store: BlobStore, config: RunConfig, base: Path | None = None
     ) -> None:
         """`base` is the folder of the base model, which only a run that trains every parameter needs for version 0."""
+        self._base = base
         self.chain = chainfile.chain
         self.store = store
         self._home = home
         self._chainfile = chainfile
         self._config = config
         self._layout = [(tensor.name, tuple(tensor.shape)) for tensor in self.chain.manifest.message.layout]
-        self.state: PolicyState = PolicyState.initial(version_zero(self._layout, config, base))
+        self.state: PolicyState = self._make_genesis()
         self.version = 0
         self.reference: Tensor | None = None
         """Parameters of the KL reference; None for version 0, which is the base, and if the run has no reference."""
@@ -61,7 +62,7 @@ class Versions:
         self._unclaimed: set[bytes] = set()
         """Blobs that were here at the start and that no version names, so far."""
         self._pending: list[BlobRef] = []
-        self.state_root = blob_root(state_bytes(self.state))
+        self.state_root = self._genesis_root = blob_root(state_bytes(self.state))
         self._restore()
 
     @property
@@ -94,12 +95,15 @@ class Versions:
         """
         manifest = parse(pb.VersionManifest, message.manifest.payload)
         before = self.chain.head.manifest.message.reference_version if self.chain.head else 0
-        if manifest.reference_version != reference_of(manifest.version, before, self._config.grpo):
+        ordered = manifest.promoted or manifest.HasField("restores")  # by the operator, within what the chain allows
+        if not ordered and manifest.reference_version != reference_of(manifest.version, before, self._config.grpo):
             raise ChainError(
                 f"Version {manifest.version} names version {manifest.reference_version} as its KL reference, "
                 "which the run's settings do not give.",
                 "Do not contribute, and report this message to whoever launched the run.",
             )
+        if manifest.HasField("restores") and manifest.state.root == self._genesis_root:
+            self.store.add_bytes(state_bytes(self._make_genesis()))  # nobody has it as a blob: it is made from the seed
         entry = self._chainfile.append(message)
         self._held |= self._unclaimed & self._roots_of(manifest)
         return entry
@@ -122,7 +126,10 @@ class Versions:
         if version > 0 and self.is_anchor(version):
             self._held.add(self.store.add_bytes(state_bytes(shadow)).root)
             self._kept.add(version)
-        if version == self._reference_at(version) > 0:
+        wanted = self._reference_at(version)
+        if wanted == 0:
+            self.reference, self.reference_version = None, 0
+        elif wanted == version:
             self.reference, self.reference_version = shadow.parameters.clone(), version
         self._prune()
 
@@ -144,9 +151,11 @@ class Versions:
         self._prune()
 
     def is_anchor(self, version: int) -> bool:
-        """Whether peers keep the whole state of that version: every so often, of the last, and of KL references."""
+        """Whether peers keep the whole state of that version: every so often, of the last, of KL references, and where
+        the run went back to an older one.
+        """
         regular = version % self._config.distribution.anchor_every == 0 or version == self._config.run.versions
-        return regular or version == self._reference_at(version)
+        return regular or version == self._reference_at(version) or self.is_rollback(version)
 
     def newest_anchor(self) -> int:
         """The newest anchor in the chain; version 0 counts as one."""
@@ -160,9 +169,20 @@ class Versions:
         """The whole state of a version."""
         return ref_of(self.chain.entries[version].manifest.message.state)
 
-    def replay_next(self) -> None:
-        """Advance by one version from spans in the store; CommitmentError if one is damaged, and it is removed."""
+    def is_rollback(self, version: int) -> bool:
+        """Whether a version has the state of an older one."""
+        return version < len(self.chain.entries) and self.chain.entries[version].manifest.message.HasField("restores")
+
+    def update_refs(self, version: int) -> list[BlobRef]:
+        """What leads from the version before to this one: its spans; or a whole state, where the run went back."""
+        return [self.state_ref(version)] if self.is_rollback(version) else self.span_refs(version)
+
+    def advance(self) -> None:
+        """Go on by one version, from what `update_refs` names; CommitmentError if one is damaged, and it is removed."""
         version = self.version + 1
+        if self.is_rollback(version):
+            self.load_anchor(version)
+            return
         entry = self.chain.entries[version]
         assert entry.plan is not None
         spans = [self._read(ref) for ref in self.span_refs(version)]
@@ -172,6 +192,10 @@ class Versions:
     def sweep(self, also: Iterable[bytes] = ()) -> None:
         """Remove from the store what no version that is kept needs, nor `also`: what processes that died left there."""
         self.store.sweep({*self._live(), *also}, SPARED_SECONDS)
+
+    def _make_genesis(self) -> PolicyState:
+        """Version 0, from the run's seed."""
+        return PolicyState.initial(version_zero(self._layout, self._config, self._base))
 
     def _restore(self) -> None:
         """The newest state that this home's own files give; what is damaged there is removed."""
@@ -184,8 +208,8 @@ class Versions:
         with suppress(CommitmentError):
             while self._kept and self.version < max(self._kept):
                 self._load_newest()
-            while self.version < self.chain.height and all(map(self.store.has, self.span_refs(self.version + 1))):
-                self.replay_next()
+            while self.version < self.chain.height and all(map(self.store.has, self.update_refs(self.version + 1))):
+                self.advance()
 
     def _load_newest(self) -> None:
         """Load the newest state that is here whole."""

@@ -173,6 +173,7 @@ def addition_config(folder: Path, **sections: dict[str, Any]) -> Path:
         "lora": {"r": 4, "alpha": 8},
         "timing": {"lease": 30.0, "exchange": 5.0, "step": 10.0, "grace": 2.0},
         "distribution": {"anchor_every": 2, "keep_versions": KEPT_VERSIONS},
+        "admission": {"mode": "open"},
         "optimizer": {"learning_rate": 1e-3, "lr_scheduler_type": "constant"},
     }
     for name, values in sections.items():

@@ -38,6 +38,7 @@ def small_config(**sections: dict[str, Any]) -> RunConfig:
         "averaging": {"audit_rate": 0.0},
         "timing": {"lease": 20.0, "exchange": 5.0, "step": 10.0, "grace": 1.0},
         "distribution": {"anchor_every": 2, "keep_versions": KEPT_VERSIONS},
+        "admission": {"mode": "open"},
         "optimizer": {"learning_rate": 1e-2, "lr_scheduler_type": "constant"},
     }
     for name, values in sections.items():

@@ -42,6 +42,7 @@ def make_run(coordinator: Identity, **sections: dict[str, Any]) -> tuple[pb.Sign
         "averaging": {"audit_rate": 0.0},
         "timing": {"lease": 30.0, "exchange": 10.0, "step": 10.0, "grace": 0.2},
         "distribution": {"anchor_every": 1, "keep_versions": 5},
+        "admission": {"mode": "open"},
     }
     for name, values in sections.items():
         tables[name] = {**tables.get(name, {}), **values}
@@ -146,6 +147,7 @@ class ScriptedPeer:
     mute: set[str] = field(default_factory=set)
     head: pb.Signed | None = None
     known_answer: bytes = KNOWN_ANSWER
+    invite: str = ""
     protocol: str = PROTOCOL
 
     def __post_init__(self) -> None:
@@ -192,6 +194,7 @@ class ScriptedPeer:
             known_answer=self.known_answer,
             head=self.head,
             agent="scripted",
+            invite=self.invite,
         )
         await stream.send(sign(self.identity, self.node.run_id, join).SerializeToString())
         return stream, parse(pb.Ack, await stream.receive(MAX_CALL_BYTES))

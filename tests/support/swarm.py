@@ -127,7 +127,7 @@ class Swarm:
         self.coordinator = Node(identity, home, stop, asyncio.create_task(run()), transport)
         return self.coordinator
 
-    async def start_peer(self, name: str, learner: Learns, wrap: Wrap | None = None) -> Node:
+    async def start_peer(self, name: str, learner: Learns, wrap: Wrap | None = None, invite: str = "") -> Node:
         """Start a peer, or start it again from its home."""
         identity = self.identities.setdefault(name, Identity.generate())
         joined: Transport = self.network.join(identity)
@@ -157,6 +157,7 @@ class Swarm:
                         worker=worker,
                         stop=stop,
                         show=_ignore,
+                        invite=invite,
                     )
                 finally:
                     await transport.close()
