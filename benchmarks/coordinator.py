@@ -13,19 +13,21 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 from long_log import LongRun, make_run
 from processes import Crew, WorkerError
 
+from hivegrpo.coordinator import reports
 from hivegrpo.coordinator.log import LOG_FILE, EventLog
 from hivegrpo.coordinator.service import FOLLOW, REPORT, Coordinator
-from hivegrpo.protocol import envelope
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobstore import BlobStore
-from hivegrpo.protocol.envelope import DIGEST_BYTES, PROTOCOL, parse, run_id_of, sign
+from hivegrpo.protocol.envelope import DIGEST_BYTES, PROTOCOL, open_signed, parse, run_id_of, sign
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.transport.base import MAX_CALL_BYTES, CallHandler, Transport
 from hivegrpo.protocol.transport.memory import MemoryNetwork
@@ -126,12 +128,8 @@ async def measure_machine(folder: Path, peers: int, seconds: float) -> tuple[flo
     beat = pb.Heartbeat(version=0, state="online", metrics={"tokens_per_second": 5.0})
     beats = [(sign(peer, run_id, beat).SerializeToString(), peer.peer_id) for peer in joined]
     verified = await _rate(report, beats, seconds)
-    verify = envelope.verify
-    envelope.verify = lambda peer_id, signature, data: None
-    try:
+    with patch.object(reports, "open_signed", partial(open_signed, verify=lambda peer_id, signature, data: None)):
         unverified = await _rate(report, beats, seconds)
-    finally:
-        envelope.verify = verify
     stop.set()
     await serving
     await transport.close()

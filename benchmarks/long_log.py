@@ -40,6 +40,7 @@ def make_run(identity: Identity, peers: int) -> tuple[pb.Signed, RunConfig]:
             "model": {"path": "none"},
             "dataset": {"path": "none.jsonl"},
             "rewards": {"functions": ["exact_match"]},
+            "admission": {"mode": "open"},
             "grpo": {"prompts_per_round": peers},
             "averaging": {"audit_rate": 0.0},
             "distribution": {"anchor_every": 1_000_000, "keep_versions": 1_000_000},

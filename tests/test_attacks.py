@@ -254,7 +254,7 @@ def test_addresses_are_bound_in_bytes_and_a_machine_with_many_can_join() -> None
         own = transport.addresses()
         transport.addresses = lambda: own * 40  # type: ignore[method-assign]  # a host with many interfaces
         coordinator = Identity.generate()
-        return _join(transport, Chain(signed_run(coordinator, small_config(), VALUES), coordinator.peer_id))
+        return _join(transport, Chain(signed_run(coordinator, small_config(), VALUES), coordinator.peer_id), "")
 
     join = asyncio.run(scenario())
     assert len(join.addresses) == MAX_ADDRESSES

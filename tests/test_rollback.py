@@ -489,9 +489,9 @@ def test_the_checker_sees_a_rollback_to_another_state() -> None:
     records: list[dict[str, Any]] = [
         {"kind": "run", "run_id": machine.run_id},
         {"kind": "version", "version": 0, "parent": machine.run_id, "digest": "d0", "state_root": "r0"}
-        | {"contributors": [], "spans": [], "restores": None},
+        | {"contributors": [], "spans": [], "restores": None, "at": 1.0},
         {"kind": "version", "version": 1, "parent": "d0", "digest": "d1", "state_root": "r0", "restores": 0}
-        | {"contributors": [], "spans": []},
+        | {"contributors": [], "spans": [], "at": 2.0},
     ]
     assert check(records, {}) == []
     records[-1] |= {"state_root": "r1"}

@@ -156,7 +156,7 @@ def test_every_fault_shows(faults: str, event: str) -> None:
 
 
 def test_liars_are_refused_for_each_reason() -> None:
-    outcome = outcome_of(faults="liars=0.3", rounds=40)
+    outcome = outcome_of(faults="liars=0.3", rounds=40, seed=5)
     assert {"SignatureError", "FrameError", "invalid", "stale", "refused"} <= outcome.refused.keys()
     assert outcome.events["PeerBanned"] > 0
 

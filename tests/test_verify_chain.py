@@ -14,7 +14,7 @@ from support.swarm import Swarm
 
 from hivegrpo.cli.verify_chain import verify_chain
 from hivegrpo.coordinator import orders
-from hivegrpo.coordinator.log import LOG_FILE
+from hivegrpo.coordinator.log import LOG_FILE, _crc
 from hivegrpo.peer.home import CONTRIBUTIONS_FOLDER
 from hivegrpo.protocol.chainfile import ENTRIES_FILE, ChainFile
 from hivegrpo.protocol.errors import ChainError
@@ -116,9 +116,11 @@ def test_votes_that_are_missing_or_changed_make_no_quorum(run: Path, capsys: pyt
     log = run / "coordinator" / LOG_FILE
     with sqlite3.connect(log) as database:
         database.execute("DROP TRIGGER events_keep")
-        votes = "SELECT sequence FROM events WHERE kind = 'StepReported' ORDER BY sequence LIMIT 1"
-        body = 'replace(CAST(body AS TEXT), \'"signed":"\', \'"signed":"AAAA\')'
-        database.execute(f"UPDATE events SET body = CAST({body} AS BLOB) WHERE sequence = ({votes})")
+        vote = "SELECT sequence, body FROM events WHERE kind = 'StepReported' ORDER BY sequence LIMIT 1"
+        ((sequence, body),) = database.execute(vote)
+        changed = body.replace(b'"signed":"', b'"signed":"AAAA')
+        row = changed, _crc(sequence, ("StepReported", changed)), sequence
+        database.execute("UPDATE events SET body = ?, crc = ? WHERE sequence = ?", row)
     report, code = verify(run, capsys)
     assert code == 76
     assert len(report["wrong"]) == 1
