@@ -89,11 +89,12 @@ def even_share(remaining: int, waiting: int) -> int:
 def share_of(remaining: int, waiting: int, pace: int, total: int) -> int:
     """Groups of what remains that one of so many waiting peers gets, whose paces add up to `total`.
 
-    In proportion to its pace; between half and twice an even share, and never more than there is.
+    In proportion to its pace; between half and twice an even share, and so that each of the others can have a group, as
+    far as there are enough.
     """
     even = even_share(remaining, waiting)
     share = -(-remaining * pace // total)
-    return min(max(share, -(-even // 2)), 2 * even, remaining)
+    return min(max(share, -(-even // 2)), 2 * even, max(remaining - waiting + 1, 1))
 
 
 def _pace(speed: float, median: float) -> int:

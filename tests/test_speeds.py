@@ -154,6 +154,7 @@ def test_a_share_is_by_pace_and_whole() -> None:
     assert share_of(100, 4, SLOWEST, 2 * FASTEST + 2 * SLOWEST) == 13, "half an even share at least"
     assert share_of(100, 4, FASTEST, FASTEST + 3 * SLOWEST) == 50, "twice an even share at most"
     assert share_of(3, 4, FASTEST, 4 * FASTEST) == 1
+    assert share_of(2, 2, FASTEST, FASTEST + SLOWEST) == 1, "a group for each of the others"
 
 
 def test_paces_are_bounded_and_relative_to_the_median() -> None:
