@@ -52,6 +52,7 @@ BEGIN_SECONDS = 15.0
 MAX_FAILURES = 4
 """Failures in a row of one holder, after which it is left alone."""
 
+SEED_REFUSALS = 2
 SAMPLE = 32
 """Pieces that are compared by how many offer them."""
 
@@ -170,8 +171,13 @@ class BlobFetch:
             raise self._failure(f"nothing came within {self._stall:g} s")
 
     def _may_seed_help(self, later: bool) -> bool:
-        """Whether the seed has not refused, or may yet be asked again, `later`, when others have been waited for."""
+        """Whether the seed has not refused, or may yet be asked again, `later`, when others have been waited for.
+
+        What neither it nor anybody else has, though it was asked twice, is not waited for: versions go on meanwhile.
+        """
         if self._seed is None or not self._is_usable(self._seed):
+            return False
+        if self._seed in self._refused and self._failures[self._seed] >= SEED_REFUSALS and not self._served:
             return False
         return later or self._seed in self._served or not self._failures[self._seed]
 
