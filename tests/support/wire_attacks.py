@@ -10,6 +10,7 @@ import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,13 +19,13 @@ import numpy as np
 import torch
 from structlog.testing import capture_logs
 
-from hivegrpo.coordinator import reports
+from hivegrpo.coordinator import reports, service
 from hivegrpo.coordinator.history import read_records
 from hivegrpo.coordinator.log import LOG_FILE, EventLog
 from hivegrpo.peer.home import PeerHome
 from hivegrpo.peer.swarm import exchange, reducer
 from hivegrpo.peer.swarm.codecs.float32 import Float32
-from hivegrpo.protocol import checks, envelope
+from hivegrpo.protocol import checks
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.chunks import CHUNK_VALUES
@@ -290,7 +291,7 @@ DEFENCES: dict[Fault, list[tuple[Any, str, Callable[..., Any]]]] = {
     Fault.ONE_BYTE_A_SECOND: [(exchange.Exchange, "gather", _wait_for_all)],
     Fault.ENDLESS_STREAM: [(reducer.SpanReducer, "receive", _whatever_comes)],
     Fault.REPEATED_CHUNK: UNCOMMITTED,
-    Fault.OTHER_TYPE: [(envelope, "verify", _nothing)],
-    Fault.OTHER_RUN: [(envelope, "verify", _nothing)],
+    Fault.OTHER_TYPE: [(service, "judge", partial(service.judge, verify=_nothing))],
+    Fault.OTHER_RUN: [(service, "judge", partial(service.judge, verify=_nothing))],
     Fault.REPLAYED_PUSH: [*UNCOMMITTED, (exchange.ExchangeServer, "_find", _any_plan)],
 }
