@@ -271,6 +271,21 @@ def test_the_seed_is_asked_for_what_nobody_else_gives(ours: BlobStore) -> None:
     assert (sorted(lacks.asked), seed.asked) == ([0, 2], [1])
 
 
+def test_what_nobody_has_is_waited_for_until_the_seed_has_refused_twice(theirs: BlobStore, ours: BlobStore) -> None:
+    streams: list[str] = []
+
+    async def scenario(reader: Transport) -> None:
+        async def opening(peer: str) -> Stream:
+            streams.append(peer)
+            return await reader.open_stream(peer, BLOB)
+
+        with pytest.raises(RemoteError, match="0 of its 3 pieces"):
+            await BlobFetch(REF, ours, lambda: ["holder"], opening, seed="seed", patience=0.05).run()
+
+    with_holders({"holder": honest(theirs), "seed": honest(theirs)}, scenario)
+    assert streams.count("seed") == 2
+
+
 def test_the_seed_is_not_asked_while_others_give(theirs: BlobStore, ours: BlobStore) -> None:
     theirs.add_bytes(DATA)
     seed = Scripted()

@@ -18,14 +18,19 @@ PATIENCE = 20.0
 
 
 class Disk(EventLog):
-    """A log that notes its transactions, and can be made to fail."""
+    """A log that notes its transactions, and can be made to fail, or to wait."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, RUN)
         self.transactions: list[int] = []
         self.full = False
+        self.busy, self.free = threading.Event(), threading.Event()
+        """Set once something is being written; unset to hold that up."""
+        self.free.set()
 
     def append(self, events: Sequence[Event]) -> None:
+        self.busy.set()
+        assert self.free.wait(PATIENCE)
         if self.full:
             raise ConfigError("Cannot write: the disk is full.", "Free disk space.")
         super().append(events)
@@ -63,26 +68,19 @@ def test_what_happens_together_is_written_together_and_followed_up_in_order(disk
 
 def test_the_event_loop_goes_on_while_the_disk_is_busy(disk: Disk) -> None:
     """What happens meanwhile is one transaction, and whoever waits for the first does not wait for that one."""
-    free, busy = threading.Event(), threading.Event()
-    append = disk.append
-
-    def slow(events: Sequence[Event]) -> None:
-        busy.set()
-        assert free.wait(PATIENCE)
-        append(events)
+    disk.free.clear()
 
     async def test() -> None:
         journal = Journal(disk, pytest.fail)
-        disk.append = slow  # type: ignore[method-assign]  # the fault
         journal.add(started(1.0), lambda: None)
         first = asyncio.create_task(journal.written())
-        assert await asyncio.to_thread(busy.wait, PATIENCE)
+        assert await asyncio.to_thread(disk.busy.wait, PATIENCE)
         for at in (2.0, 3.0):
             journal.add(started(at), lambda: None)
         assert not journal.idle
         second = asyncio.create_task(journal.written())
         await asyncio.sleep(0)  # it waits from here on
-        free.set()
+        disk.free.set()
         await first
         assert disk.transactions[0] == 1
         await second
@@ -116,24 +114,18 @@ def test_after_a_failure_nothing_is_written_and_nothing_follows(disk: Disk) -> N
 
 def test_a_snapshot_is_kept_once_what_is_in_it_is_on_disk_and_followed_up(disk: Disk) -> None:
     """And not of what was added after it; who waits for an event does not wait for it."""
-    free, busy, followed = threading.Event(), threading.Event(), list[float]()
-    append = disk.append
-
-    def slow(events: Sequence[Event]) -> None:
-        busy.set()
-        assert free.wait(PATIENCE)
-        append(events)
+    followed: list[float] = []
+    disk.free.clear()
 
     async def test() -> None:
         journal = Journal(disk, pytest.fail)
-        disk.append = slow  # type: ignore[method-assign]  # the fault
         for at in (1.0, 2.0):
             journal.add(started(at), lambda at=at: followed.append(at))
             journal.keep(Snapshot(journal.last, "shape", str(at).encode()))
-        assert await asyncio.to_thread(busy.wait, PATIENCE)
+        assert await asyncio.to_thread(disk.busy.wait, PATIENCE)
         assert disk.snapshot() is None
         journal.add(started(3.0), lambda: followed.append(3.0))
-        free.set()
+        disk.free.set()
         await journal.settled()
         assert disk.snapshot() == Snapshot(2, "shape", b"2.0")
         assert (journal.last, journal.idle) == (3, True)

@@ -30,7 +30,6 @@ def test_readers_end_with_a_span_that_is_given_up() -> None:
         reading = asyncio.ensure_future(anext(making.frames(), None))
         await asyncio.sleep(0)
         making.end()
-        making.add(bytes(FRAME_BYTES))
         assert await reading is None
 
     asyncio.run(asyncio.wait_for(scenario(), 20.0))

@@ -55,7 +55,6 @@ class SpanInMaking:
                 await changed.wait()
 
     def _show(self, frame: bytes) -> None:
-        if not self._over:
-            self._frames.append(frame)
-            self._changed.set()
-            self._changed = asyncio.Event()
+        self._frames.append(frame)
+        self._changed.set()
+        self._changed = asyncio.Event()
