@@ -41,6 +41,8 @@ def run_simulation(
     except BaseException:
         print(f"failed; again: {replay}", file=sys.stderr)
         raise
+    finally:
+        gc.enable()
     if as_json:
         print(json.dumps({"command": replay, **outcome.as_json()}, separators=(",", ":")))
     else:

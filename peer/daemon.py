@@ -92,6 +92,8 @@ async def run_peer(
         preparing = prepare_learner(chain, config, settings, sharing, home.model, worker)
         learner, base = await _run_beside(preparing, sharing.announce())
         stack.callback(learner.close)
+        gc.collect()
+        gc.freeze()  # a full collection over all that was imported takes a tenth of a second, in which no round goes on
         await work_in_run(
             address,
             identity=identity,
@@ -138,7 +140,6 @@ async def work_in_run(
     exchanges = ExchangeServer()
     await exchanges.start(transport)
     await serve_chain(transport, chain)
-    gc.freeze()  # a full collection over all that was imported takes a tenth of a second, in which no round goes on
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="canonical") as canonical:
         synchroniser = Synchroniser(versions, transport, sharing, canonical)
         try:

@@ -152,6 +152,7 @@ def test_dynamic_sampling_spends_no_more_than_a_round_needs(tmp_path: Path) -> N
     assert {manifest.version: manifest.metrics["num_tokens"] for manifest in manifests} == {
         version: 10.0 * groups for version, groups in used.items()
     }
+    assert_invariants(swarm)
 
 
 def test_what_looks_at_a_whole_batch_is_neither_launched_nor_joined(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ The product has no switches for this. The transport sees the peer's reports go o
 """
 
 import asyncio
+import gc
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -136,6 +137,8 @@ async def take_part(
         await sharing.start()
         watch = transport.watch
         with ThreadPoolExecutor(max_workers=1) as worker, patch.object(replay, "decode_vector", watch.decode):
+            gc.collect()
+            gc.freeze()  # as the daemon does
             await work_in_run(
                 address,
                 identity=identity,

@@ -1,6 +1,6 @@
 """What goes wrong in a simulation, and how much of it."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Self
 
 from hivegrpo.protocol.errors import ConfigError
@@ -40,10 +40,6 @@ class Faults:
                 raise ConfigError(f"No fault is called {name!r}.", f"Use {', '.join(MODERATE)}, all, or none.")
             rates[name] = MODERATE[name] if not value else _rate(name, value)
         return cls(**rates)
-
-    def healed(self) -> Self:
-        """The same peers, slow ones among them, with nothing going wrong any more."""
-        return replace(type(self)(), slow=self.slow)
 
     def __str__(self) -> str:
         """What `parse` reads."""

@@ -18,17 +18,16 @@ class Placed(Protocol):
 class Network:
     """Draws what becomes of each message. Whoever owns a message schedules it."""
 
-    def __init__(self, chance: Random, loss: float, median: float = MEDIAN_SECONDS) -> None:
+    def __init__(self, chance: Random, loss: float) -> None:
         self.loss = loss
         self._chance = chance
-        self._median = median
 
     def delay(self) -> float:
         """Seconds that a message takes: log-logistic of shape 4, so one of 80 takes more than three times the median.
 
         Built from square roots, which every machine rounds alike.
         """
-        return self._median * spread(self._chance)
+        return MEDIAN_SECONDS * spread(self._chance)
 
     def loses(self) -> bool:
         """Whether a message is lost."""

@@ -129,18 +129,7 @@ class MortalNode(Node):
                     task.result()
 
     async def _live(self, transport: MemoryTransport, log: EventLog, stop: asyncio.Event) -> None:
-        self.coordinator = Coordinator(
-            identity=self.identity,
-            transport=transport,
-            log=log,
-            run=self.run,
-            config=self.config,
-            home=self.home,
-            blobs=BlobStore(self.home / "blobs"),
-            clock=self.clock,
-            on_event=self.on_event,
-            snapshot_every=self.snapshot_every,
-        )
+        self.coordinator = self.over(transport, log)
         make_chain_mortal(self.coordinator, self.home / ENTRIES_FILE, self.fuse)
         await self.coordinator.run(stop)
 

@@ -72,7 +72,8 @@ class Killing:
             if whole_entries(self._chain) == before:
                 raise  # else it was killed before it could say so
         for kill in self.kills:
-            kill.seconds = min(kill.seconds, time.monotonic() - launched)
+            if kill.seconds == math.inf:
+                kill.seconds = time.monotonic() - launched
 
 
 def is_version(version: int) -> Callable[[Record], bool]:

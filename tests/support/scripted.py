@@ -93,14 +93,9 @@ class Node:
             self.news.clear()
             await self.news.wait()
 
-    @asynccontextmanager
-    async def running(
-        self, ending: type[Exception] | None = None, exit_when_finished: bool = False
-    ) -> AsyncIterator[Coordinator]:
-        """Started, and stopped at the end; or `ending`: it has to end by itself, with that error."""
-        transport = self.network.join(self.identity)
-        log = EventLog(self.home / LOG_FILE, self.run_id)
-        self.coordinator = Coordinator(
+    def over(self, transport: MemoryTransport, log: EventLog, **options: Any) -> Coordinator:
+        """A coordinator, not started."""
+        return Coordinator(
             identity=self.identity,
             transport=transport,
             log=log,
@@ -110,9 +105,18 @@ class Node:
             blobs=BlobStore(self.home / "blobs"),
             clock=self.clock,
             on_event=self.on_event,
-            exit_when_finished=exit_when_finished,
             snapshot_every=self.snapshot_every,
+            **options,
         )
+
+    @asynccontextmanager
+    async def running(
+        self, ending: type[Exception] | None = None, exit_when_finished: bool = False
+    ) -> AsyncIterator[Coordinator]:
+        """Started, and stopped at the end; or `ending`: it has to end by itself, with that error."""
+        transport = self.network.join(self.identity)
+        log = EventLog(self.home / LOG_FILE, self.run_id)
+        self.coordinator = self.over(transport, log, exit_when_finished=exit_when_finished)
         stop = asyncio.Event()
         self.task = asyncio.create_task(self.coordinator.run(stop))
         try:
