@@ -34,6 +34,8 @@ class Report:
     run_id: str
     versions: int
     """All of them: signatures, links, plans, seals and coefficients, as every reader of the chain checks them."""
+    made: int = 0
+    """Versions that have a plan: all but version 0 and rollbacks."""
     quorums: list[int] = field(default_factory=list)
     """Versions for which the log has signed votes of two thirds of the roster."""
     states: list[int] = field(default_factory=list)
@@ -57,6 +59,7 @@ def verify_chain(run: Path | None, *, as_json: bool) -> None:
     held = open_run(folder)
     report = Report(held.chain.run_id, len(held.chain.entries))
     manifests = [entry.manifest.message for entry in held.chain.entries]
+    report.made = sum(entry.plan is not None for entry in held.chain.entries)
     report.all_spans = sum(len(manifest.spans) for manifest in manifests)
     _verify_votes(folder, held, report)
     _verify_reductions(folder, held, report)
@@ -170,12 +173,11 @@ def _reads(held: LocalRun, blob: pb.Blob, what: str, report: Report) -> bool:
 
 
 def _describe(report: Report) -> Iterator[str]:
-    made = max(report.versions - 1, 0)
     yield f"run {report.run_id[:16]}: a chain of {report.versions} versions, whose signatures and links all verify."
-    yield f"quorums: {len(report.quorums)} of {made} versions have their signed votes in the log here."
+    yield f"quorums: {len(report.quorums)} of {report.made} versions have their signed votes in the log here."
     yield f"spans: {report.spans} of {report.all_spans} are here, with their roots; {report.reductions} made again."
     yield f"states: {len(report.states)} of {report.versions} are here, with their roots."
-    yield f"steps: {len(report.steps)} of {made} were made again, and led to the signed roots."
+    yield f"steps: {len(report.steps)} of {report.made} were made again, and led to the signed roots."
     yield from (f"wrong: {what}" for what in report.wrong)
     if not report.wrong:
         yield "Nothing is wrong; what is not counted could not be checked with what this machine keeps."

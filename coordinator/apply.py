@@ -178,6 +178,8 @@ def _grant(state: State, payload: bytes, at: float) -> None:
     state.unserved.discard(lease.peer)
     state.idle.pop(lease.peer, None)
     current.served[lease.peer] = lease.id
+    if lease.peer not in state.connected:  # it left while a pause, or a crash, held up the lease of its next iteration
+        current.absent[lease.peer] = at
     current.leased += lease.wanted
     current.evaluating = current.evaluating or lease.evaluate
     if current.rollout_at is None:
@@ -188,9 +190,11 @@ def _expire(state: State, lease_id: int, at: float) -> None:
     if lease_id in state.ahead.leases:
         expire_ahead(state, lease_id)
         return
-    seconds = _measured(state.leases[lease_id], at)
+    granted = state.leases[lease_id]
+    seconds, whole = _measured(granted, at), at >= granted.at + state.terms.config.timing.lease
     lease = _end_lease(state, lease_id)
-    if seconds is not None and lease.peer in state.connected:
+    # Of a speed that nobody knows, a lease that was cut short says next to nothing.
+    if seconds is not None and lease.peer in state.connected and (whole or lease.peer in state.speeds):
         observe_at_most(state.speeds, lease.peer, lease.wanted, seconds)
     if lease.iteration == 0:
         state.positions.give_back(range(lease.start, lease.start + lease.count))

@@ -34,8 +34,12 @@ class Archive:
         every: int,
         final: int,
         on_idle: Callable[[], None],
+        promised: Callable[[], int | None] = lambda: None,
     ) -> None:
-        """`holders(version)` are peers that may serve that version's state; `on_idle` is called when all is settled."""
+        """`holders(version)` are peers that may serve that version's state; `on_idle` is called when all is settled.
+
+        `promised()` is the version that is to be the reference from the next one on, if that was ordered.
+        """
         self.failed: dict[int, str] = {}
         """Versions that could not be archived, with the reason."""
         self._transport = transport
@@ -44,6 +48,7 @@ class Archive:
         self._every = every
         self._final = final
         self._on_idle = on_idle
+        self._promised = promised
         self._wanted: asyncio.Queue[pb.VersionManifest] = asyncio.Queue()
         self._open = 0
         self._kept: dict[int, BlobRef] = {}
@@ -69,7 +74,7 @@ class Archive:
             if self._store.has(ref):
                 self._kept[manifest.version] = ref
             elif manifest in anchors[-KEPT_ANCHORS:] or manifest.version == self._reference:
-                self.want(manifest)
+                self._add(manifest)
                 wanted.add(ref.root)
         self._store.sweep_parts(wanted)
         self._prune()
@@ -78,8 +83,14 @@ class Archive:
         """Archive a version's state, if it is an anchor."""
         self._reference = manifest.reference_version
         if self._is_anchor(manifest):
-            self._open += 1
-            self._wanted.put_nowait(manifest)
+            self._add(manifest)
+
+    def _add(self, manifest: pb.VersionManifest) -> None:
+        ref = BlobRef(manifest.state.root, manifest.state.size)
+        if self._store.has(ref):  # a rollback's: it is not to be pruned before its turn comes
+            self._kept[manifest.version] = ref
+        self._open += 1
+        self._wanted.put_nowait(manifest)
 
     async def run(self) -> None:
         """Fetch what is wanted, until cancelled."""
@@ -117,7 +128,7 @@ class Archive:
         return version > 0 and (regular or manifest.HasField("restores"))
 
     def _prune(self) -> None:
-        spared = {self._final, self._reference, *sorted(self._kept)[-KEPT_ANCHORS:]}
+        spared = {self._final, self._reference, self._promised(), *sorted(self._kept)[-KEPT_ANCHORS:]}
         roots = {self._kept[version].root for version in spared if version in self._kept}
         for version in [version for version in self._kept if version not in spared]:
             root = self._kept.pop(version).root

@@ -12,6 +12,7 @@ from pathlib import Path
 import structlog
 
 from hivegrpo.coordinator import events as ev
+from hivegrpo.coordinator.bans import ban_words
 from hivegrpo.coordinator.equivocation import two_receipts
 from hivegrpo.coordinator.reports import attempt_of
 from hivegrpo.coordinator.state import State
@@ -84,7 +85,7 @@ class Bench:
         if peer not in state.members:
             return "unknown: this peer has not joined"
         if peer in state.banned:
-            return f"banned: {state.banned[peer].reason}"
+            return f"banned: {ban_words(state.banned[peer])}"
         if self._judge is None:
             return "refused: this coordinator has no judge"
         if ref.root in self._outcomes:
@@ -109,7 +110,7 @@ class Bench:
             attempt = attempt_of(state, report.plan)
             assert attempt is not None
             for reducer, span, receipts in two_receipts(attempt, report, self._run_id):
-                if reducer not in state.banned and all(reducer != ban.peer for ban in bans):
+                if not self._is_convicted(reducer) and all(reducer != ban.peer for ban in bans):
                     proof = pb.FaultProof(
                         run=self._run,
                         successions=self._successions,
@@ -175,10 +176,15 @@ class Bench:
             self._keep(data, also)
 
     def _keep(self, proof: bytes, guilty: Sequence[tuple[str, str]]) -> None:
-        if any(peer not in self._state().banned for peer, _ in guilty):
+        if not all(self._is_convicted(peer) for peer, _ in guilty):
             ref = self._blobs.add_bytes(proof)
             for peer, reason in guilty:
                 self._ban(peer, reason, ref)
+
+    def _is_convicted(self, peer: str) -> bool:
+        """By a proof: what an operator ordered may end, and makes none needless."""
+        ban = self._state().banned.get(peer)
+        return ban is not None and ban.proved
 
     def _covering(self, proof: bytes) -> list[pb.Signed]:
         """Reports of auditors that agreed with the span that this proof, which holds, shows to be wrong."""

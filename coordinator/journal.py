@@ -46,7 +46,7 @@ class Journal:
     @property
     def idle(self) -> bool:
         """Whether all that happened is on disk."""
-        return self._writer is None
+        return self._gathering is None and self._writing is None
 
     async def settled(self) -> None:
         """Until nothing is being written any more."""

@@ -219,6 +219,7 @@ class EventLog:
         complaint = self._quick_check()
         if complaint != "ok":
             raise ChainError(f"The event log {self.path} is damaged: {complaint}.", DAMAGED_HINT)
+        self._database.execute("BEGIN")  # one moment: a coordinator may be compacting the log that somebody looks at
         archived = self._database.execute(
             "SELECT coalesce(max(last), 0), coalesce(sum(last - first + 1), 0) FROM segments"
         ).fetchone()
@@ -226,6 +227,7 @@ class EventLog:
             "SELECT coalesce(min(sequence), ?), coalesce(max(sequence), ?), count(*) FROM events",
             (archived[0] + 1, archived[0]),
         ).fetchone()
+        self._database.execute("COMMIT")
         if archived[0] != archived[1] or first != archived[0] + 1 or last - first + 1 != count:
             raise ChainError(f"The event log {self.path} lacks events.", DAMAGED_HINT)
         self.last = last

@@ -14,6 +14,9 @@ from hivegrpo.coordinator.round import Attempt
 MIN_BYTES = 128 << 10
 """A transfer of less says more about latency and buffers than about bandwidth."""
 
+FIRST_FRAME = 128 << 10
+"""Of a span: its time is counted from the end of that on."""
+
 FOLLOW = 0.3
 """Of the way from the rate to a new sample."""
 
@@ -56,5 +59,6 @@ def _sightings(attempt: Attempt) -> Iterator[Sighting]:
             if sender != reducer and seconds > 0.0:
                 yield sender, reducer, sum(sizes) - own.get(sender, 0), seconds
         for voter, times in attempt.fetches.items():
-            if voter != reducer and times and times[index] > 0.0:
-                yield reducer, voter, sizes[index] * (len(attempt.roster) - 1), times[index]
+            timed = sizes[index] - FIRST_FRAME
+            if voter != reducer and timed >= MIN_BYTES and times and times[index] > 0.0:
+                yield reducer, voter, timed * (len(attempt.roster) - 1), times[index]

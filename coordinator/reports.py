@@ -2,7 +2,7 @@
 again gets the same answer while it still matters, and never a second event.
 
 A refusal's reason starts with one of: unknown (join first), stale (too late), invalid (makes no sense), refused, or
-banned (the peer, for good).
+banned (the peer, for good or until a time that the text says).
 """
 
 from collections.abc import Callable

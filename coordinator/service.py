@@ -128,6 +128,7 @@ class Coordinator:
             every=config.distribution.anchor_every,
             final=config.run.versions,
             on_idle=self._wake.set,
+            promised=lambda: None if self.state.promotion is None else self.state.promotion.reference,
         )
 
         self.operator = Operator(

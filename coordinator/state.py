@@ -146,7 +146,7 @@ class State:
     idle: dict[str, None] = field(default_factory=dict)
     """Those of the unserved that hold the head (in genesis: that reported a root of version 0)."""
     holding: dict[str, None] = field(default_factory=dict)
-    """Connected peers that hold the head, and can be dialled: who joins is told of them."""
+    """Connected peers that hold the head, and gave an address: who joins is told of them."""
     leases: dict[int, Granted] = field(default_factory=dict)
     """Live leases by id, oldest first."""
     ahead: Ahead = field(default_factory=Ahead)

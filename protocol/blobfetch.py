@@ -3,7 +3,8 @@
 Each holder that is asked has a task of its own, which chooses the pieces that fewest others offer, two ahead. A holder
 with nothing left to give takes over what slow ones were asked for. Who serves a wrong piece is asked for nothing of
 this blob again; who fails is tried again a few times. The seed, usually the coordinator, is asked only for what nobody
-else gives. What bounds a fetch is progress, not time: it ends when nothing has come from anybody for a while.
+else gives. What bounds a fetch is progress, not time: it ends when nothing has come from anybody for a while,
+or nobody is left to ask.
 """
 
 import asyncio

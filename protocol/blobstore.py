@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -30,7 +31,10 @@ class BlobStore:
     def path(self, ref: BlobRef) -> Path | None:
         """The blob's file, if it is here whole."""
         path = self.folder / ref.root.hex()
-        return path if path.is_file() and path.stat().st_size == ref.size else None
+        with suppress(FileNotFoundError):  # removed meanwhile
+            if path.is_file() and path.stat().st_size == ref.size:
+                return path
+        return None
 
     def has(self, ref: BlobRef) -> bool:
         """Whether the blob is here whole."""
@@ -132,14 +136,18 @@ class BlobStore:
         path = self.path(ref)
         if path is None:
             return None
-        if ref.root not in self._leaves:
-            leaves = leaves_of(path)
+        leaves = self._leaves.get(ref.root)
+        if leaves is None:
+            try:
+                leaves = leaves_of(path)
+            except FileNotFoundError:
+                return None  # removed meanwhile
             if merkle_root(leaves) != ref.root:
                 log.error("a damaged blob is removed", path=str(path))
                 self.remove(ref.root)
                 return None
             self._leaves[ref.root] = leaves
-        return self._leaves[ref.root]
+        return leaves
 
     def map(self, ref: BlobRef) -> bytes:
         """Which pieces are here: a bit each, lowest bit first."""
@@ -189,9 +197,12 @@ class PartialBlob:
 
     def resume(self) -> None:
         """Find the pieces that an earlier attempt left: those that have the right hashes, whoever wrote them."""
+        fresh = not self._path.exists()
         self._path.touch()
         with self._path.open("r+b") as file:
             file.truncate(self.ref.size)
+            if fresh:
+                return
             for index, leaf in enumerate(self.leaves):
                 if leaf_hash(file.read(self.ref.piece_size(index))) == leaf:
                     self.have.add(index)

@@ -95,7 +95,7 @@ class ChainFile:
     def take(self, message: pb.ChainEntry) -> Entry:
         """Verify the next entry, for `flush` to write: who takes many waits for the disk once."""
         entry = self.chain.append(message)
-        data = message.SerializeToString()
+        data = entry.to_message().SerializeToString()  # not what came: of version 0, a plan would be nobody's
         self._taken.append(len(data).to_bytes(4, "big") + data)
         return entry
 

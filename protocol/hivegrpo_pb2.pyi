@@ -228,7 +228,7 @@ class RunManifest(_message.Message):
     protocol: _builtins.str
     """"hivegrpo/1" """
     coordinator: _builtins.str
-    """peer; the only signer of leases, plans, seals and versions"""
+    """peer; the only signer of leases, plans, seals and versions, until a Succession"""
     config: _builtins.str
     """canonical JSON of RunConfig"""
     nonce: _builtins.bytes
@@ -1091,7 +1091,7 @@ Global___SpanRequest: _TypeAlias = SpanRequest  # noqa: Y015
 
 @_typing.final
 class SpanReceipt(_message.Message):
-    """Signed SpanReceipt, then one frame a piece"""
+    """the span in frames of 128 KiB, then Signed SpanReceipt"""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -274,7 +274,7 @@ class Checker:
     def _rollback(self, record: Record) -> Iterator[Violation]:
         """It has the state of an older version, and nothing was averaged for it."""
         version, older = record["version"], record["restores"]
-        if not 0 <= older < version or record["state_root"] != self._versions[older].state_root:
+        if not 0 <= older < self._height or record["state_root"] != self._versions[older].state_root:
             yield Violation(1, f"version {version} goes back to version {older}, and has another state root")
         if record["contributors"] or record["spans"]:
             yield Violation(2, f"version {version} goes back to version {older}, and counts contributions")

@@ -58,7 +58,8 @@ class Court:
         return judge(proof, CASE.run_id)
 
     def ban(self, peer: str, reason: str, proof: BlobRef) -> None:
-        if peer not in self.state.banned:
+        banned = self.state.banned.get(peer)
+        if banned is None or not banned.proved:
             apply(self.state, PeerBanned(1.0, peer, reason, proof.root, proof.size))
 
     async def open(self) -> None:
@@ -101,6 +102,15 @@ def test_a_proof_that_holds_is_kept_and_bans_once(tmp_path: Path) -> None:
         assert await court.report(HOLDS) is None
         assert court.judged == 1
         assert list(court.state.banned) == [CASE.peer(0)]
+
+    run(tmp_path, scenario)
+
+
+def test_a_proof_takes_the_place_of_an_ordered_ban(tmp_path: Path) -> None:
+    async def scenario(court: Court) -> None:
+        apply(court.state, PeerBanned(1.0, CASE.peer(0), "a hunch", until=3600.0))
+        assert await court.report(HOLDS) is None
+        assert court.state.banned[CASE.peer(0)].proved
 
     run(tmp_path, scenario)
 

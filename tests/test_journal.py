@@ -137,6 +137,25 @@ def test_a_snapshot_is_kept_once_what_is_in_it_is_on_disk_and_followed_up(disk: 
     disk.close()
 
 
+def test_what_happened_is_on_disk_before_the_snapshot_of_it_is(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for that, to say that the run is finished, is not told when the snapshot is kept."""
+    free = threading.Event()
+
+    async def test() -> None:
+        journal = Journal(disk, pytest.fail)
+        monkeypatch.setattr(disk, "compact", lambda _: free.wait(PATIENCE))
+        journal.add(started(1.0), lambda: None)
+        journal.keep(Snapshot(1, "shape", b""))
+        assert not journal.idle
+        await journal.written()
+        assert journal.idle
+        free.set()
+        await journal.settled()
+
+    asyncio.run(test())
+    disk.close()
+
+
 def test_a_snapshot_that_cannot_be_kept_is_a_failure(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     errors: list[Exception] = []
 

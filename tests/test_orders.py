@@ -69,6 +69,22 @@ def test_a_pause_between_two_iterations_keeps_the_rollout() -> None:
     machine.check_replay()
 
 
+def test_who_leaves_in_a_pause_between_two_iterations_is_waited_for_no_longer_than_others() -> None:
+    machine = Machine(grpo={"num_iterations": 2})
+    machine.start()
+    machine.contribute(*machine.peers)
+    machine.exchange()
+    machine.happen(ev.RunPaused(machine.now, ""))
+    machine.vote(*machine.peers)
+    gone, *others = machine.peers
+    machine.lose(gone)
+    machine.happen(ev.RunResumed(machine.now))
+    machine.contribute(*others)
+    machine.wait(machine.config.timing.grace)
+    assert machine.state.phase is Phase.EXCHANGE
+    machine.check_replay()
+
+
 def test_a_ban_ends_when_its_time_is_over_and_not_before() -> None:
     machine = Machine()
     machine.start()

@@ -169,6 +169,18 @@ def test_a_push_that_nobody_reads_does_not_stop_blobs() -> None:
     asyncio.run(asyncio.wait_for(scenario(), PATIENCE))
 
 
+def test_who_takes_nothing_for_long_is_yielded_to_no_more() -> None:
+    """Else one suspended laptop would hold all that a node serves at a slice a second."""
+
+    async def scenario() -> None:
+        link = Uplink(None)
+        with link.cap.sending(1), link.cap.taking():
+            await link.blob("joiner", 50)
+        assert link.clock.now - 50.0 <= 2 * YIELD_SECONDS
+
+    asyncio.run(asyncio.wait_for(scenario(), PATIENCE))
+
+
 def test_who_fetches_on_many_streams_gets_no_larger_share() -> None:
     async def scenario() -> None:
         link = Uplink(1.0)

@@ -172,6 +172,12 @@ def test_what_ended_a_worker_is_not_judged_by_the_clock_of_its_parent(unwatched:
         unwatched.require_use()
 
 
+def test_what_a_completion_started_ends_with_the_worker_that_ran_out_of_time(tmp_path: Path) -> None:
+    with pool(single(), seconds=1.0) as on:
+        assert score(on, ["leave behind"], told=str(tmp_path)).why == "it took more than 1 s"
+        assert gone([int(folder.name) for folder in tmp_path.iterdir()], 5.0)
+
+
 def test_memory_is_bounded(shared: RewardPool) -> None:
     """By what is allowed above that of the process itself."""
     assert score(shared, ["take"], size=(MIB << 20) * 9 // 10) == Scored([1.0])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.machine import Machine
 
-from hivegrpo.coordinator.rates import FOLLOW, MIN_BYTES, MOST_CHANGE, follow, samples
+from hivegrpo.coordinator.rates import FIRST_FRAME, FOLLOW, MIN_BYTES, MOST_CHANGE, follow, samples
 from hivegrpo.coordinator.round import Attempt
 from hivegrpo.coordinator.shares import NOISE, shares, spans
 from hivegrpo.protocol import hivegrpo_pb2 as pb
@@ -76,18 +76,18 @@ def attempt_of(peers: str, seen: dict[str, float], liars: dict[str, float] | Non
     """All are reducers of spans of the same size, and see the rates `seen`, bytes a second; liars, their own figure."""
     spread = [pb.Reducer(peer=peer, first=index, chunks=1) for index, peer in enumerate(peers)]
     attempt = Attempt(pb.RoundPlan(reducers=spread), b"", b"", 0.0, frozenset(peers))
-    sent = (len(peers) - 1) * size
 
-    def seconds(observer: str, peer: str) -> float:
+    def seconds(observer: str, peer: str, timed: int) -> float:
         if observer == peer and observer not in (liars or {}):
             return 0.0  # nothing is sent; a liar says otherwise
-        return sent / (liars or {}).get(observer, seen[peer])
+        return (len(peers) - 1) * timed / (liars or {}).get(observer, seen[peer])
 
     for observer in peers:
-        pushed = [pb.Complete(peer=peer, seconds=seconds(observer, peer)) for peer in peers]
+        pushed = [pb.Complete(peer=peer, seconds=seconds(observer, peer, size)) for peer in peers]
         attempt.take_report(observer, pb.SenderReport(complete=pushed))
         vote = pb.StepReport(
-            spans=[pb.Blob(root=b"r", size=size) for _ in peers], seconds=[seconds(observer, peer) for peer in peers]
+            spans=[pb.Blob(root=b"r", size=size) for _ in peers],
+            seconds=[seconds(observer, peer, size - FIRST_FRAME) for peer in peers],
         )
         attempt.vote(observer, vote, 0.0)
     return attempt

@@ -156,9 +156,10 @@ def test_every_fault_shows(faults: str, event: str) -> None:
 
 
 def test_liars_are_refused_for_each_reason() -> None:
-    outcome = outcome_of(faults="liars=0.3", rounds=40, seed=5)
-    assert {"SignatureError", "FrameError", "invalid", "stale", "refused"} <= outcome.refused.keys()
-    assert outcome.events["PeerBanned"] > 0
+    outcomes = [outcome_of(faults="liars=0.3", rounds=40, seed=seed) for seed in range(3, 7)]
+    refused = {reason for outcome in outcomes for reason in outcome.refused}
+    assert {"SignatureError", "FrameError", "invalid", "stale", "refused"} <= refused
+    assert any(outcome.events.get("PeerBanned") for outcome in outcomes)
 
 
 def test_a_crash_takes_what_was_not_on_disk() -> None:

@@ -95,6 +95,14 @@ def test_a_lease_that_expires_under_a_connected_peer_shows_that_it_is_slower(mac
     assert machine.state.speeds == {busy: pytest.approx(32 / 55), slow: pytest.approx(32 / 60)}
 
 
+def test_a_lease_that_is_cut_short_tells_nothing_of_a_peer_that_nobody_knows(machine: Machine) -> None:
+    machine.start()
+    machine.wait(1.0)
+    for lease in list(machine.state.leases):
+        machine.happen(ev.LeaseExpired(machine.now, lease, "an order"))
+    assert machine.state.speeds == {}
+
+
 def test_a_restart_tells_nothing_of_speeds(machine: Machine) -> None:
     first, *_ = machine.peers
     machine.start()

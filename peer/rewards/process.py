@@ -135,13 +135,14 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """End it and all that it started, without waiting."""
+        if self._process.returncode is not None:
+            return  # it was waited for: its number may be somebody else's
         with suppress(psutil.Error):
             for child in psutil.Process(self._process.pid).children(recursive=True):
                 with suppress(psutil.Error):
                     child.kill()
-        if self._process.returncode is None:  # until it is waited for, its number is nobody else's
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def end(self) -> None:
         """Kill it, and leave nothing of it behind."""
@@ -153,6 +154,7 @@ class WorkerProcess:
 
     def _was_timed_out(self) -> bool:
         """Whether its own timer has ended it, for a process that has hung up."""
+        self.kill()  # with all that it started, while its number is its own; of what ended it before, nothing changes
         with suppress(subprocess.TimeoutExpired):
             return self._process.wait(MARGIN_SECONDS) == -signal.SIGALRM
         return time.monotonic() >= self._deadline

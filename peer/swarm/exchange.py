@@ -157,14 +157,14 @@ class Exchange:
                     async for frame in self._making.frames():
                         await stream.send(frame)
                         sent += 1
+                if index not in self.spans:
+                    return
+                span = self.spans[index]
+                for rest in islice(split_frames(span.data), sent, None):
+                    await stream.send(rest)
+                await stream.send(span.receipt.SerializeToString())
         except TimeoutError:
-            raise StaleError(f"span {index} did not become available here") from None
-        if index not in self.spans:
-            return
-        span = self.spans[index]
-        for rest in islice(split_frames(span.data), sent, None):
-            await stream.send(rest)
-        await stream.send(span.receipt.SerializeToString())
+            raise StaleError(f"span {index} did not become available here, or was not taken, in time") from None
         self._count(stream)
 
     async def end(self) -> None:

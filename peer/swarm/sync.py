@@ -17,6 +17,9 @@ log = structlog.get_logger(__name__)
 
 ATTEMPTS = 12
 FIRST_PAUSE, LAST_PAUSE = 0.1, 2.0
+
+MAX_CHAIN_HOLDERS = 16
+"""Peers that are asked for the chain when the coordinator is away, one after the other."""
 FIRST_FIND_SECONDS = 2.0
 """How long the DHT is waited for before a whole state is fetched; it is asked again meanwhile."""
 
@@ -67,7 +70,7 @@ class Synchroniser:
     async def _extend(self) -> None:
         """Chain entries; they come from the coordinator, or else from whoever has them."""
         chain = self._versions.chain
-        for holder in [self._coordinator, *self._sharing.directory.known()]:
+        for holder in [self._coordinator, *self._sharing.directory.known()[:MAX_CHAIN_HOLDERS]]:
             try:
                 before = chain.height
                 await extend_chain(self._transport, holder, chain, self._versions.extend)

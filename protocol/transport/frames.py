@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from typing import TypeVar
 
 from hivegrpo.protocol.errors import FrameError, RemoteError
@@ -78,7 +79,8 @@ class FramedStream(Stream):
 
     async def _write(self, data: bytes, timeout: float | None) -> None:
         self._writer.write(data)
-        await _within(timeout, self._writer.drain())
+        with nullcontext() if self._cap is None or self._last else self._cap.taking():
+            await _within(timeout, self._writer.drain())
 
     async def _send_in_slices(self, cap: UploadCap, data: bytes, timeout: float | None) -> None:
         """`timeout` counts what the receiver takes, not the waits for the cap. Cancelled within a frame, it aborts."""

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from hivegrpo.protocol.errors import FrameError, RemoteError
 from hivegrpo.protocol.transport.base import MAX_FRAME_BYTES, Stream
-from hivegrpo.protocol.transport.frames import PREFIX_BYTES
+from hivegrpo.protocol.transport.frames import CLOSE_SECONDS, PREFIX_BYTES
 
 
 class Bytes(Protocol):
@@ -66,6 +66,3 @@ class LightStream(Stream):
                 raise RemoteError(f"{self.remote} ended the stream")
             data += part
         return bytes(data)
-
-
-CLOSE_SECONDS = 5.0

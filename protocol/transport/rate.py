@@ -55,8 +55,9 @@ class UploadCap:
     """One node's uplink, shared by all its streams. Bulk streams take turns; what is urgent goes before them.
 
     Blobs yield to both, with a cap and without: what late joiners fetch keeps no round waiting. Those who fetch get
-    equal shares, however many streams each has. Nothing starves: an urgent slice waits for one bulk slice at most,
-    beside the urgent ones that came first; a blob's slice for `YIELD_SHARE` times its size, or `YIELD_SECONDS`.
+    equal shares, however many streams each has. Nothing starves: an urgent slice waits for one bulk slice and one of a
+    blob at most, beside the urgent ones that came first; a blob's slice for `YIELD_SHARE` times its size, or
+    `YIELD_SECONDS`.
     """
 
     def __init__(
@@ -83,6 +84,8 @@ class UploadCap:
         self._turns: dict[str, tuple[asyncio.Lock, int]] = {}
         """A lock for each remote that fetches blobs, and how many hold it or wait for it."""
         self._sending = 0
+        self._taking: dict[object, float] = {}
+        """Writes of such frames that wait for their receiver, and since when."""
         self._sent = 0
         self._silent_since = -math.inf
 
@@ -102,6 +105,16 @@ class UploadCap:
             self._sent += size
             self._silent_since = self._clock()
 
+    @contextmanager
+    def taking(self) -> Iterator[None]:
+        """Around the wait for the receiver of such a frame: one that takes `YIELD_SECONDS` is yielded to no more."""
+        mark = object()
+        self._taking[mark] = self._clock()
+        try:
+            yield
+        finally:
+            del self._taking[mark]
+
     async def admit(self, size: int, urgent: bool) -> None:
         """Return when `size` bytes, at most SLICE_BYTES, may be written; the caller writes them without awaiting."""
         if urgent:
@@ -114,11 +127,17 @@ class UploadCap:
         """As `admit`, for a blob's slice on its way to `remote`."""
         async with self._turn_of(remote), self._last:
             began, before = self._clock(), self._sent
-            while self._sending or self._clock() - self._silent_since < QUIET_SECONDS:
+            while self._is_busy():
                 if self._sent - before >= YIELD_SHARE * size or self._clock() - began >= YIELD_SECONDS:
                     break
                 await self._sleep(QUIET_SECONDS)
             await self._pass_door(size)
+
+    def _is_busy(self) -> bool:
+        """Whether frames to which blobs yield are on their way, or were until just now."""
+        now = self._clock()
+        stuck = sum(now - since >= YIELD_SECONDS for since in self._taking.values())
+        return self._sending > stuck or now - self._silent_since < QUIET_SECONDS
 
     @asynccontextmanager
     async def _turn_of(self, remote: str) -> AsyncIterator[None]:

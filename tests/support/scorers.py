@@ -72,6 +72,9 @@ def _obey(word: str, columns: dict[str, Any]) -> Any:
             return os.getpid()
         case "spawn":
             return subprocess.Popen(["sleep", "1000"], start_new_session=True).pid
+        case "leave behind":
+            Path(columns["told"][0], str(subprocess.Popen(["sleep", "1000"]).pid)).mkdir()  # it may write no file
+            signal.pause()
         case "secret":
             return "HIVEGRPO_SECRET" in os.environ
         case "tell":
