@@ -142,7 +142,7 @@ class Volunteer:
         if not session.connected or self._leaving:
             return None
         if self._versions.version < height or self._versions.missing_reference() is not None:
-            return self._synchronise  # what failed before is tried again: no version may come before this peer is ready
+            return self._synchronise  # it failed before; a gradient is taken at the head's state, with its reference
         if session.lease is not None and self._leased(height):
             return partial(self._contribute, session.lease.message)
         if self._said_ready != (height, session.joins):

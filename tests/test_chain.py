@@ -11,7 +11,7 @@ from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.chainfile import ENTRIES_FILE, MARK_FILE, RUN_FILE, ChainFile, count_entries
 from hivegrpo.protocol.chainstream import MAX_ENTRIES, extend_chain, fetch_run, serve_chain
-from hivegrpo.protocol.envelope import Opened, digest_of, run_id_of, sign
+from hivegrpo.protocol.envelope import Opened, digest_of, parse, run_id_of, sign
 from hivegrpo.protocol.errors import (
     ChainError,
     ConfigError,
@@ -201,6 +201,15 @@ def test_a_home_keeps_the_chain(coordinator: ChainMaker, tmp_path: Path) -> None
     assert reopened.chain.height == 2
     assert reopened.chain.head is not None
     assert reopened.chain.head.manifest.digest == coordinator.head
+
+
+def test_what_nobody_verified_of_an_entry_is_not_written(coordinator: ChainMaker, tmp_path: Path) -> None:
+    """A later start believes what it wrote."""
+    first, second = coordinator.entries(2)
+    padded = pb.ChainEntry(manifest=first.manifest, plan=second.plan, seal=pb.Signed(payload=b"no seal"))
+    ChainFile.create(tmp_path, coordinator.run, coordinator.identity.peer_id).append(padded)
+    stored = (tmp_path / ENTRIES_FILE).read_bytes()
+    assert parse(pb.ChainEntry, stored[4:]) == pb.ChainEntry(manifest=first.manifest)
 
 
 @pytest.mark.parametrize("cut", [1, 3, 4, 5, 100])

@@ -14,12 +14,15 @@ from support.invariants import assert_invariants
 from support.runs import IntegerLearner, signed_run, small_config
 from support.streams import forever, on_serving, on_stream, only_pushes
 from support.swarm import Swarm, Wrap
+from torch import Tensor
 
 from hivegrpo.coordinator.events import AttemptFailed, ContributionRejected, VersionCommitted
 from hivegrpo.peer.home import PeerHome
 from hivegrpo.peer.swarm.contribution import EncodedVector
 from hivegrpo.peer.swarm.directory import Directory
 from hivegrpo.peer.swarm.exchange import SPAN, Exchange, ExchangeServer
+from hivegrpo.peer.swarm.sync import Synchroniser
+from hivegrpo.peer.volunteer import Shadow
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.envelope import open_signed, parse, sign
@@ -257,6 +260,38 @@ def test_a_peer_that_is_behind_at_the_commit_ends_its_attempt_and_fetches_nothin
     kinds = [record["kind"] for record in history if record.get("version") == 1]
     assert kinds[-2:] == ["vote", "version"]
     assert fetched == []
+
+
+def test_a_peer_whose_catching_up_failed_does_not_learn_from_the_state_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the chain then, and has voted for the version, but does not hold it."""
+    bed, doubting, failing = Bed(tmp_path, versions=2), [True], [True]
+    learnt: dict[int, set[bytes]] = {}
+
+    def noting(self: IntegerLearner, version: int, vector: Tensor) -> None:
+        learnt.setdefault(version, set()).add(vector.numpy().tobytes())
+        load(self, version, vector)
+
+    load, is_made_by, run = IntegerLearner.load, Shadow.is_made_by, Synchroniser.run
+
+    def doubted_once(self: Shadow, manifest: pb.VersionManifest) -> bool:
+        return not (doubting and doubting.pop()) and is_made_by(self, manifest)
+
+    async def failing_once(self: Synchroniser) -> None:
+        if not doubting and failing:
+            failing.pop()
+            await self._extend()
+            raise RemoteError("nobody has it now")
+        await run(self)
+
+    monkeypatch.setattr(IntegerLearner, "load", noting)
+    monkeypatch.setattr(Shadow, "is_made_by", doubted_once)
+    monkeypatch.setattr(Synchroniser, "run", failing_once)
+    bed.play({})
+    assert not failing
+    assert bed.version(2)[2] == set(NAMES)
+    assert {version: len(vectors) for version, vectors in learnt.items()} == {0: 1, 1: 1}
 
 
 def test_a_peer_that_stops_reading_is_no_reducer_in_the_next_attempt(bed: Bed) -> None:
