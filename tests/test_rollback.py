@@ -496,5 +496,7 @@ def test_the_checker_sees_a_rollback_to_another_state() -> None:
     assert check(records, {}) == []
     records[-1] |= {"state_root": "r1"}
     assert [violation.invariant for violation in check(records, {})] == [1]
-    records[-1] |= {"state_root": "r0", "spans": [{"root": "s", "size": 1}]}
+    records[-1] |= {"restores": 1, "state_root": "r1"}
+    assert [violation.invariant for violation in check(records, {})] == [1], "it is no older version"
+    records[-1] |= {"restores": 0, "state_root": "r0", "spans": [{"root": "s", "size": 1}]}
     assert [violation.invariant for violation in check(records, {})] == [2]
