@@ -40,6 +40,9 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
+ACK_SECONDS = 1.0
+"""How long the last acknowledgements of a push, sent before the seal, may come after it: they take other ways."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shadow:
@@ -251,7 +254,10 @@ class Volunteer:
             report = await exchange.gather()
             if report is not None:
                 await self._session.report(report, lambda: True)
-            return await self._session.wait(lambda: self._seal_of(exchange.plan))
+            seal = await self._session.wait(lambda: self._seal_of(exchange.plan))
+            if any(sealed.peer == self._identity.peer_id for sealed in seal.message.contributors):
+                await asyncio.wait({pushing}, timeout=ACK_SECONDS)  # taken everywhere: a cut now would ask anew
+            return seal
         finally:
             await _end(pushing)
 

@@ -10,7 +10,9 @@ from support.swarm import Swarm
 
 from hivegrpo.peer.swarm import directory
 from hivegrpo.peer.swarm.directory import Directory
+from hivegrpo.peer.swarm.reducer import SpanReducer
 from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.envelope import Opened
 from hivegrpo.protocol.errors import FrameError, RemoteError
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.transport.base import Stream, Transport
@@ -19,7 +21,17 @@ from hivegrpo.protocol.transport.memory import MemoryNetwork
 PEERS, VERSIONS, VALUES = 3, 3, 100_000
 
 
-def test_spans_come_back_on_the_streams_that_took_the_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("slower", [0.0, 0.1], ids=["acks_at_once", "acks_after_the_seal"])
+def test_spans_come_back_on_the_streams_that_took_the_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slower: float
+) -> None:
+    receive = SpanReducer.receive
+
+    async def receiving(reducer: SpanReducer, stream: Stream, header: Opened[pb.PushHeader]) -> None:
+        await receive(reducer, stream, header)
+        await asyncio.sleep(slower)
+
+    monkeypatch.setattr(SpanReducer, "receive", receiving)
     monkeypatch.setattr(directory, "HEAD_START_SECONDS", 3600.0)  # nobody waits so long: a push ends the wait
     opened: Counter[str] = Counter()
 
@@ -35,7 +47,8 @@ def test_spans_come_back_on_the_streams_that_took_the_chunks(tmp_path: Path, mon
 
     async def scenario() -> None:
         async with asyncio.timeout(60):
-            config = small_config(run={"start_peers": PEERS, "versions": VERSIONS})
+            patient = {"lease": 60.0, "exchange": 30.0, "step": 30.0, "grace": 30.0}  # a slow disk leaves nobody out
+            config = small_config(run={"start_peers": PEERS, "versions": VERSIONS}, timing=patient)
             coordinator = Identity.generate()
             swarm = Swarm(tmp_path, config, signed_run(coordinator, config, VALUES), coordinator)
             node = await swarm.start_coordinator()
