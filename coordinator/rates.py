@@ -10,12 +10,10 @@ of what the honest saw.
 from collections.abc import Iterator
 
 from hivegrpo.coordinator.round import Attempt
+from hivegrpo.protocol.chunks import SPAN_FRAME_BYTES
 
 MIN_BYTES = 128 << 10
 """A transfer of less says more about latency and buffers than about bandwidth."""
-
-FIRST_FRAME = 128 << 10
-"""Of a span: its time is counted from the end of that on."""
 
 FOLLOW = 0.3
 """Of the way from the rate to a new sample."""
@@ -59,6 +57,6 @@ def _sightings(attempt: Attempt) -> Iterator[Sighting]:
             if sender != reducer and seconds > 0.0:
                 yield sender, reducer, sum(sizes) - own.get(sender, 0), seconds
         for voter, times in attempt.fetches.items():
-            timed = sizes[index] - FIRST_FRAME
+            timed = sizes[index] - SPAN_FRAME_BYTES  # its time counts from the end of the first frame on
             if voter != reducer and timed >= MIN_BYTES and times and times[index] > 0.0:
                 yield reducer, voter, timed * (len(attempt.roster) - 1), times[index]

@@ -219,10 +219,13 @@ class Volunteer:
         """One attempt as the architecture has it; each line is a step of the round."""
         self._versions.check_plan(plan.message)
         exchange = await self._open_exchange(plan, own)
+        pushing = asyncio.create_task(exchange.push())
         try:
             seal = await self._exchange(exchange)
+            asyncio.get_running_loop().call_later(self._ack_seconds(seal), pushing.cancel)
             spans = await exchange.collect(seal)
         finally:
+            await _end(pushing)
             await exchange.end()
         voted = asyncio.Event()
         auditing = asyncio.create_task(self._auditor.audit(exchange, seal, voted))
@@ -248,18 +251,16 @@ class Volunteer:
         return exchange
 
     async def _exchange(self, exchange: Exchange) -> Opened[pb.Seal]:
-        """Push to the reducers, report who is complete here, and wait for the seal (steps 6 and 7)."""
-        pushing = asyncio.create_task(exchange.push())
-        try:
-            report = await exchange.gather()
-            if report is not None:
-                await self._session.report(report, lambda: True)
-            seal = await self._session.wait(lambda: self._seal_of(exchange.plan))
-            if any(sealed.peer == self._identity.peer_id for sealed in seal.message.contributors):
-                await asyncio.wait({pushing}, timeout=ACK_SECONDS)  # taken everywhere: a cut now would ask anew
-            return seal
-        finally:
-            await _end(pushing)
+        """Report who is complete here, while the own chunks are pushed, and wait for the seal (steps 6 and 7)."""
+        report = await exchange.gather()
+        if report is not None:
+            await self._session.report(report, lambda: True)
+        return await self._session.wait(lambda: self._seal_of(exchange.plan))
+
+    def _ack_seconds(self, seal: Opened[pb.Seal]) -> float:
+        """How long the own push may go on: if all reducers took it, only acknowledgements lack, else it is in vain."""
+        is_sealed = any(sealed.peer == self._identity.peer_id for sealed in seal.message.contributors)
+        return ACK_SECONDS if is_sealed else 0.0
 
     async def _step(self, plan: Opened[pb.RoundPlan], seal: Opened[pb.Seal], spans: Sequence[Span]) -> bytes:
         """The optimizer step beside the current state; its root (step 9)."""

@@ -65,20 +65,17 @@ class BlobServer:
             if self._book is not None and request.HasField("holder"):
                 with suppress(WireError):  # a hint; a clock that is wrong keeps nobody from being served
                     self._book.take(request.holder, signer=stream.remote)
-            await stream.send(b"".join(leaves))
-            await self._send_map(stream, ref)
-            await self._answer(stream, ref)
+            with suppress(RemoteError):  # it went away: others gave it what it wanted
+                await stream.send(b"".join(leaves))
+                await self._send_map(stream, ref)
+                await self._answer(stream, ref)
         finally:
             self._served -= 1
 
     async def _answer(self, stream: Stream, ref: BlobRef) -> None:
         idle = 0
         while idle < MAX_IDLE_MAPS:
-            try:
-                frame = await stream.receive(64, IDLE_SECONDS)
-            except RemoteError:
-                return  # it has what it wanted
-            request = parse(pb.PieceRequest, frame)
+            request = parse(pb.PieceRequest, await stream.receive(64, IDLE_SECONDS))
             if await asyncio.to_thread(self._store.leaves, ref) is None:
                 return  # removed meanwhile
             if request.map:

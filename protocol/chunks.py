@@ -9,6 +9,9 @@ from itertools import pairwise
 CHUNK_VALUES = 16_384
 """Values in a chunk; the last chunk of a vector may hold fewer."""
 
+SPAN_FRAME_BYTES = 128 << 10
+"""A reduced span travels in frames of so many bytes; the last one is shorter."""
+
 
 def chunk_count(values: int) -> int:
     """Chunks of a vector with that many values."""

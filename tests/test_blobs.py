@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobfetch import BlobFetch, fetch_blob
 from hivegrpo.protocol.blobs import PIECE_BYTES, BlobRef, blob_leaves, blob_ref
 from hivegrpo.protocol.blobstore import PART, BlobStore, PartialBlob
-from hivegrpo.protocol.blobstream import BLOB, BLOCK_BYTES, MAX_BLOB_BYTES, serve_blobs
+from hivegrpo.protocol.blobstream import BLOB, BLOCK_BYTES, MAX_BLOB_BYTES, BlobServer, serve_blobs
 from hivegrpo.protocol.envelope import parse
 from hivegrpo.protocol.errors import CommitmentError, FrameError, RemoteError
 from hivegrpo.protocol.files import TEMPORARY, remove_temporaries
@@ -462,6 +463,40 @@ def test_only_what_is_held_is_served(theirs: BlobStore, blob: pb.Blob) -> None:
                 await stream.receive(1 << 10)
 
     with_holders({"holder": honest(theirs)}, scenario)
+
+
+def test_a_reader_that_hangs_up_has_done_nothing_wrong(theirs: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks several takes what the first one gives."""
+    theirs.add_bytes(DATA)
+    asked, gone = threading.Event(), threading.Event()
+    leaves, serve, nodes, served = BlobStore.leaves, BlobServer._serve, [], asyncio.Event()
+
+    def slow(store: BlobStore, ref: BlobRef) -> list[bytes] | None:
+        asked.set()
+        gone.wait(PATIENCE)
+        return leaves(store, ref)
+
+    async def noted(server: BlobServer, stream: Stream) -> None:
+        try:
+            await serve(server, stream)
+        finally:
+            served.set()
+
+    async def hold(holder: Transport) -> None:
+        nodes.append(holder)
+        await serve_blobs(holder, theirs)
+
+    async def scenario(reader: Transport) -> None:
+        async with await reader.open_stream("holder", BLOB) as stream:
+            await stream.send(pb.BlobRequest(blob=pb.Blob(root=REF.root, size=REF.size)).SerializeToString())
+            assert await asyncio.to_thread(asked.wait, PATIENCE)
+        gone.set()
+        await served.wait()
+        assert [node.rejected for node in nodes] == [{}]
+
+    monkeypatch.setattr(BlobStore, "leaves", slow)
+    monkeypatch.setattr(BlobServer, "_serve", noted)
+    with_holders({"holder": hold}, scenario)
 
 
 def test_a_piece_beyond_the_end_is_not_there(theirs: BlobStore) -> None:

@@ -54,13 +54,19 @@ def test_a_round_that_a_pause_cuts_short_is_made_of_what_there_is() -> None:
     machine.check_replay()
 
 
-def test_a_pause_between_two_iterations_keeps_the_rollout() -> None:
+def between_iterations() -> Machine:
+    """Paused between two iterations on one rollout."""
     machine = Machine(grpo={"num_iterations": 2})
     machine.start()
     machine.contribute(*machine.peers)
     machine.exchange()
     machine.happen(ev.RunPaused(machine.now, ""))
     machine.vote(*machine.peers)
+    return machine
+
+
+def test_a_pause_between_two_iterations_keeps_the_rollout() -> None:
+    machine = between_iterations()
     granted = leased(machine)
     machine.wait(1000.0)
     assert (leased(machine), machine.of(ev.RoundAbandoned)) == (granted, [])
@@ -70,12 +76,7 @@ def test_a_pause_between_two_iterations_keeps_the_rollout() -> None:
 
 
 def test_who_leaves_in_a_pause_between_two_iterations_is_waited_for_no_longer_than_others() -> None:
-    machine = Machine(grpo={"num_iterations": 2})
-    machine.start()
-    machine.contribute(*machine.peers)
-    machine.exchange()
-    machine.happen(ev.RunPaused(machine.now, ""))
-    machine.vote(*machine.peers)
+    machine = between_iterations()
     gone, *others = machine.peers
     machine.lose(gone)
     machine.happen(ev.RunResumed(machine.now))

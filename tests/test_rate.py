@@ -181,6 +181,29 @@ def test_who_takes_nothing_for_long_is_yielded_to_no_more() -> None:
     asyncio.run(asyncio.wait_for(scenario(), PATIENCE))
 
 
+def test_a_stream_that_nobody_reads_is_one_that_takes_nothing() -> None:
+    async def never(stream: Stream) -> None:
+        await asyncio.Event().wait()
+
+    async def scenario() -> None:
+        link, network = Uplink(None), MemoryNetwork()
+        node, suspended = network.join("node", link.cap), network.join("suspended")
+        await suspended.serve_stream("push", never)
+        await node.connect(suspended.addresses())
+        async with await node.open_stream("suspended", "push") as stream:
+            await stream.send(bytes(MIB))  # fills what the reader buffers
+            pushing = asyncio.create_task(stream.send(bytes(MIB), timeout=None))
+            await asyncio.sleep(0)
+            await link.blob("joiner", 50)
+            assert not pushing.done()
+            assert link.clock.now - 50.0 <= 2 * YIELD_SECONDS
+            pushing.cancel()
+            await suspended.close()
+        await node.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), PATIENCE))
+
+
 def test_who_fetches_on_many_streams_gets_no_larger_share() -> None:
     async def scenario() -> None:
         link = Uplink(1.0)

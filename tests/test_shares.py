@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.machine import Machine
 
-from hivegrpo.coordinator.rates import FIRST_FRAME, FOLLOW, MIN_BYTES, MOST_CHANGE, follow, samples
+from hivegrpo.coordinator.rates import FOLLOW, MIN_BYTES, MOST_CHANGE, follow, samples
 from hivegrpo.coordinator.round import Attempt
 from hivegrpo.coordinator.shares import NOISE, shares, spans
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.chunks import split_evenly
+from hivegrpo.protocol.chunks import SPAN_FRAME_BYTES, split_evenly
 
 RATES = st.lists(st.one_of(st.none(), st.floats(1e-3, 1e12)), min_size=1, max_size=64)
 
@@ -87,7 +87,7 @@ def attempt_of(peers: str, seen: dict[str, float], liars: dict[str, float] | Non
         attempt.take_report(observer, pb.SenderReport(complete=pushed))
         vote = pb.StepReport(
             spans=[pb.Blob(root=b"r", size=size) for _ in peers],
-            seconds=[seconds(observer, peer, size - FIRST_FRAME) for peer in peers],
+            seconds=[seconds(observer, peer, size - SPAN_FRAME_BYTES) for peer in peers],
         )
         attempt.vote(observer, vote, 0.0)
     return attempt

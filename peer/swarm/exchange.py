@@ -83,6 +83,7 @@ class Exchange:
         self._over = False
         self._making: SpanInMaking | None = None
         """The own span, from the seal on."""
+        self._pushing = False
         self._lines: dict[int, Stream] = {}
         """Streams to the reducers that have this peer's chunks, and were asked for their spans."""
         directory.learn(plan.message.reducers)
@@ -90,8 +91,17 @@ class Exchange:
         self.reducer = SpanReducer(plan, mine[0]) if mine else None
 
     async def push(self) -> None:
-        """Send every reducer its chunks; a reducer that fails is tried again until the exchange's time is up."""
-        await asyncio.gather(*(self._push_span(index) for index in range(len(self.plan.message.reducers))))
+        """Send every reducer its chunks; a reducer that fails is tried again until the exchange's time is up.
+
+        While it goes on, `collect` waits for acknowledgements that are still on their way: the caller ends it.
+        """
+        self._pushing = True
+        try:
+            await asyncio.gather(*(self._push_span(index) for index in range(len(self.plan.message.reducers))))
+        finally:
+            async with self._changed:
+                self._pushing = False
+                self._changed.notify_all()
 
     async def gather(self) -> pb.SenderReport | None:
         """As a reducer, wait until all senders are complete or time is up, and say who is; None if not a reducer."""
@@ -198,7 +208,9 @@ class Exchange:
         except BaseException:
             await stream.close()
             raise
-        self._lines[index] = stream
+        async with self._changed:
+            self._lines[index] = stream
+            self._changed.notify_all()
         with suppress(RemoteError):  # then it is asked for again after the seal
             await stream.send(pb.SpanRequest(plan=self.plan.digest, span=index).SerializeToString())
 
@@ -218,6 +230,9 @@ class Exchange:
         first = self.plan.message.reducers[index].peer
         sources = cycle([first, *self._others(first)])
         half, began = self.plan.message.step_seconds / 2, time.perf_counter()  # the rest is time to ask others
+
+        async with self._changed:
+            await self._changed.wait_for(lambda: index in self._lines or not self._pushing)
 
         async def fetch() -> None:
             stream = self._lines.pop(index, None) or await self._request_span(next(sources), index)

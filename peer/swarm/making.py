@@ -3,19 +3,18 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 
-FRAME_BYTES = 128 << 10
-"""A span travels in frames of so many bytes; the last one is shorter."""
+from hivegrpo.protocol.chunks import SPAN_FRAME_BYTES
 
 
 def frame_sizes(size: int) -> list[int]:
     """Bytes of each frame of a span of `size` bytes."""
-    return [min(FRAME_BYTES, size - start) for start in range(0, size, FRAME_BYTES)]
+    return [min(SPAN_FRAME_BYTES, size - start) for start in range(0, size, SPAN_FRAME_BYTES)]
 
 
 def split_frames(data: bytes) -> Iterator[memoryview]:
     """The frames of a whole span."""
     view = memoryview(data)
-    return (view[start : start + FRAME_BYTES] for start in range(0, len(view), FRAME_BYTES))
+    return (view[start : start + SPAN_FRAME_BYTES] for start in range(0, len(view), SPAN_FRAME_BYTES))
 
 
 class SpanInMaking:
@@ -31,9 +30,9 @@ class SpanInMaking:
     def add(self, part: bytes) -> None:
         """The next bytes; from one thread, which may be another."""
         self._rest += part
-        while len(self._rest) >= FRAME_BYTES:
-            frame = bytes(self._rest[:FRAME_BYTES])
-            del self._rest[:FRAME_BYTES]
+        while len(self._rest) >= SPAN_FRAME_BYTES:
+            frame = bytes(self._rest[:SPAN_FRAME_BYTES])
+            del self._rest[:SPAN_FRAME_BYTES]
             self._loop.call_soon_threadsafe(self._show, frame)
 
     def end(self) -> None:
