@@ -37,12 +37,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class Watch:
-    """What the children of this process take, and what becomes of the canary."""
+    """What the children that this process gets from now on take, and what becomes of the canary."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
         self.peak = 0
         """Bytes of the largest child."""
+        self.largest: list[str] = []
+        """Its command."""
         self._before = set(psutil.Process().children(recursive=True))
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch)
@@ -57,9 +59,10 @@ class Watch:
 
     def _watch(self) -> None:
         while not self._over.wait(0.02):
-            for child in psutil.Process().children(recursive=True):
+            for child in set(psutil.Process().children(recursive=True)) - self._before:
                 try:
-                    self.peak = max(self.peak, child.memory_info().rss)
+                    if (taken := child.memory_info().rss) > self.peak:
+                        self.peak, self.largest = taken, child.cmdline()
                 except psutil.NoSuchProcess:
                     continue
 
@@ -86,7 +89,7 @@ def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     with Watch(tmp_path / "there" / "CANARY") as watch:
         yield watch
     assert watch.left() == []
-    assert 0 < watch.peak < (LOADED_MIB + MEMORY_MIB) << 20
+    assert 0 < watch.peak < (LOADED_MIB + MEMORY_MIB) << 20, watch.largest
 
 
 @contextmanager
