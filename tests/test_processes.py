@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support.invariants import assert_invariants_of_homes
 from support.processes import Machine, Process, Record, addition_config, machine
+from support.runs import KEPT_VERSIONS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -41,7 +42,9 @@ async def peer_id(peer: Process) -> str:
 
 def test_peers_die_in_rollout_and_exchange_and_late_ones_join(tmp_path: Path) -> None:
     """The run goes on after each death, with one root; a peer that joins late contributes within two rounds."""
-    config = addition_config(tmp_path, run={"versions": 500, "start_peers": 3})
+    # At ten versions a second the last two anchors, two versions apart, are gone before a joiner can ask for them.
+    lasting = {"anchor_every": 20, "keep_versions": KEPT_VERSIONS}
+    config = addition_config(tmp_path, run={"versions": 900, "start_peers": 3}, distribution=lasting)
 
     async def test(host: Machine) -> None:
         coordinator = await host.coordinator(config)
