@@ -7,10 +7,13 @@ in at least 0.95 of the time), with 1 if not, and with 77 where it cannot run: i
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -183,6 +186,17 @@ def show_overlap(size: Size, folder: Path, rollout: float) -> bool:
     return met
 
 
+@contextmanager
+def keeping_failures(folder: Path) -> Iterator[None]:
+    """If a run in the folder fails, what its nodes wrote, but for blobs, stays on disk; the error says where."""
+    try:
+        yield
+    except WorkerError as error:
+        kept = tempfile.mkdtemp(prefix="bench-wan-failed-")
+        shutil.copytree(folder, kept, ignore=shutil.ignore_patterns("blobs", "*.sock"), dirs_exist_ok=True)
+        raise WorkerError(f"{error}\nwhat the nodes wrote is in {kept}") from None
+
+
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -204,7 +218,7 @@ def main() -> int:
     print(f"{size.down_mbit:g} down, {size.delay * 1e3:g} ms one way; ideal {size.ideal:.2f} s;", end=" ")
     print(f"load {os.getloadavg()[0]:.2f}", flush=True)
     try:
-        with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        with tempfile.TemporaryDirectory(prefix="bench-") as name, keeping_failures(Path(name)):
             if arguments.overlap:
                 return 0 if show_overlap(size, Path(name), arguments.rollout) else 1
             rounds = measure(size, Path(name))
