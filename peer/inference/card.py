@@ -146,9 +146,10 @@ def _evaluation(origin: Provenance, form: Form) -> list[str]:
         digest = f" (SHA-256 {_code(origin.held_out)})" if origin.held_out is not None else ""
         measured = list(dict.fromkeys((origin.accuracies[0], origin.accuracies[-1])))
         reward = _code(origin.config.rewards.functions[0])
+        told = ", as peers reported it" if origin.run_id is not None else ""
         parts.append(
-            f"Greedy accuracy during training{', as peers reported it' if origin.run_id else ''}, by the reward {reward}, "
-            f"on the first {rows.limit} held-out rows of {_code(_rows(rows))}{digest}:"
+            f"Greedy accuracy during training{told}, by the reward {reward}, on the first {rows.limit} held-out rows "
+            f"of {_code(_rows(rows))}{digest}:"
         )
         values = [(f"version {version}", f"{accuracy:.1%}") for version, accuracy in measured]
         parts.append(_table([("policy", "solved"), *values]))
