@@ -117,15 +117,18 @@ def _conclude(run: Path, progress: Progress, report_file: Path | None, began: fl
     from hivegrpo.cli.accuracy import measure_accuracy
     from hivegrpo.cli.plot import plot_rewards
     from hivegrpo.cli.report import differing_versions, report, summary
+    from hivegrpo.peer.inference.cost import cost_of
+    from hivegrpo.peer.inference.locate import open_run
 
     with console.status("measuring accuracy on the held-out problems ..."):
         accuracy = measure_accuracy(run)
+    cost = cost_of(open_run(run).chain.entries)
     plot_rewards(progress, run / PLOT)
     seconds = time.monotonic() - began
     if report_file is not None:
-        write_whole(report_file, json.dumps(report(progress, accuracy, seconds), indent=1).encode())
+        write_whole(report_file, json.dumps(report(progress, accuracy, cost, seconds), indent=1).encode())
     places = [f"Reward curve: {run / PLOT}", f"Run folder:   {run}", f"Talk to it:   {chat_command(run)}"]
-    print("\n".join([*summary(progress, accuracy, seconds), *places]))
+    print("\n".join([*summary(progress, accuracy, cost, seconds), *places]))
     if differing_versions(progress):
         raise HiveError("The peers do not agree.", f"The evidence is in {run}; please report it.")
 

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from contextlib import closing
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from hivegrpo.coordinator.events import Event, PeerReady, StepReported, VersionC
 from hivegrpo.coordinator.log import LOG_FILE, EventLog
 from hivegrpo.coordinator.service import Coordinator
 from hivegrpo.coordinator.state import State
+from hivegrpo.peer.inference.cost import Cost, cost_of, describe_cost
 from hivegrpo.peer.inference.locate import BLOBS
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobstore import BlobStore
@@ -92,7 +94,8 @@ async def _serve(
             finally:
                 watching.cancel()
                 await asyncio.gather(watching, return_exceptions=True)
-                show({"kind": "stopped", **coordinator.snapshot()})
+                cost = asdict(cost_of(coordinator.chain.chain.entries))
+                show({"kind": "stopped", **coordinator.snapshot(), "cost": cost})
     finally:
         await transport.close()
 
@@ -158,4 +161,5 @@ def _describe(record: Record) -> tuple[str, str]:
         case "root":
             return "", ""
         case _:
-            return "stopped", f"Stopped at version {record['version']} of {record['versions']}."
+            cost = describe_cost(Cost(**record["cost"]))
+            return "stopped", f"Stopped at version {record['version']} of {record['versions']}. {cost}"

@@ -5,6 +5,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from hivegrpo.cli.output import Record, configure_logging, describe_version, json_lines, short_lines
 from hivegrpo.cli.signals import StopSignals
 from hivegrpo.cli.threads import fair_threads
+from hivegrpo.peer.inference.cost import Cost, describe_cost
 from hivegrpo.protocol.config import PeerConfig, RunConfig
 from hivegrpo.protocol.homes import locked_home
 
@@ -56,7 +58,7 @@ async def _run(
                 while not training.finished:
                     for record in await on_worker(training.advance, cancelled):
                         show(record)
-                show({**await on_worker(training.conclude, cancelled), **place})
+                show({**await on_worker(training.conclude, cancelled), "cost": asdict(training.cost), **place})
                 if to is not None:
                     await on_worker(training.export, to)
                     show({"kind": "written", "to": str(to)})
@@ -85,7 +87,8 @@ def _describe(record: Record) -> tuple[str, str]:
         case "finished":
             accuracy = record["metrics"].get("eval/accuracy")
             measured = "" if accuracy is None else f", accuracy {accuracy:.3f}"
-            return "finished", f"Finished at version {record['version']}{measured}."
+            cost = describe_cost(Cost(**record["cost"]))
+            return "finished", f"Finished at version {record['version']}{measured}. {cost}"
         case "written":
             return "written", f"Wrote the model to {record['to']}."
         case _:

@@ -3,7 +3,7 @@
 import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -29,6 +29,7 @@ Dht = Annotated[bool | None, typer.Option("--dht/--no-dht", help="Find others th
 Json = Annotated[bool, typer.Option("--json", help="JSON lines on stdout; stops when their reader goes away.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log details to stderr.")]
 Run = Annotated[str | None, typer.Argument(help="A run's folder or address; the latest run here if left out.")]
+Dtype = Literal["float32", "bfloat16"]
 Revision = Annotated[str, typer.Option(help='"latest", "base", or a version number.')]
 
 
@@ -170,11 +171,32 @@ def export(
     run: Run = None,
     revision: Revision = "latest",
     adapter: Annotated[bool, typer.Option("--adapter", help="Only the adapter, not merged into the base.")] = False,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of merged weights; the base's if left out.")] = None,
+    license: Annotated[str | None, typer.Option(help="For the card; the base's if left out, and known.")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="For the card: what `hivegrpo evaluate` wrote.")] = None,
+    push: Annotated[str | None, typer.Option(help="Upload it to the hub, as this model; private if it is new.")] = None,
 ) -> None:
-    """Write the trained model as a Hugging Face folder."""
-    from hivegrpo.peer.inference.export import export as write
+    """Write the trained model as a Hugging Face folder, with a card that says where it comes from."""
+    from hivegrpo.cli.launch_export import launch
 
-    write(run, to, revision, adapter)
+    launch(run, to, revision, adapter=adapter, dtype=dtype, license=license, evaluation=evaluation, push=push)
+
+
+@app.command()
+def cost(
+    run: Run = None,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0.0, help="Of one device's hour, in any currency.")
+    ] = None,
+    watts: Annotated[float | None, typer.Option(min=0.0, help="That one working device takes.")] = None,
+    price_per_kwh: Annotated[float | None, typer.Option(min=0.0, help="Of energy, in the same currency.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """What a run has cost so far, in device-hours, tokens and bytes, and at your prices: from its signed chain."""
+    from hivegrpo.cli.cost import show_cost
+    from hivegrpo.peer.inference.cost import Prices
+
+    show_cost(run, Prices(price_per_hour, watts, price_per_kwh), as_json=as_json)
 
 
 @app.command()

@@ -6,19 +6,21 @@ from typing import Any
 from hivegrpo.cli.accuracy import Accuracy
 from hivegrpo.cli.output import Record
 from hivegrpo.cli.progress import Progress
+from hivegrpo.peer.inference.cost import Cost, describe_cost
 
 
-def report(progress: Progress, accuracy: Accuracy | None, seconds: float) -> dict[str, Any]:
+def report(progress: Progress, accuracy: Accuracy | None, cost: Cost, seconds: float) -> dict[str, Any]:
     """The content of --report. Seconds of exchange and step are means over the peers, the others by weight."""
     return {
         "run_id": progress.status["run_id"],
         "versions": [_version(progress, record) for record in progress.versions],
         "accuracy": asdict(accuracy) if accuracy is not None else None,
+        "cost": asdict(cost),
         "seconds_total": round(seconds, 3),
     }
 
 
-def summary(progress: Progress, accuracy: Accuracy | None, seconds: float) -> list[str]:
+def summary(progress: Progress, accuracy: Accuracy | None, cost: Cost, seconds: float) -> list[str]:
     """What to tell at the end."""
     tokens = sum(record["metrics"].get("num_tokens", 0) for record in progress.versions)
     exchanged = progress.bytes_exchanged / 1e6
@@ -32,7 +34,7 @@ def summary(progress: Progress, accuracy: Accuracy | None, seconds: float) -> li
     if accuracy is not None:
         solved = f"{accuracy.before:.1%} before, {accuracy.after:.1%} after"
         lines.append(f"Solved of {accuracy.problems} held-out problems: {solved}.")
-    return lines
+    return [*lines, describe_cost(cost)]
 
 
 def differing_versions(progress: Progress) -> list[int]:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from hivegrpo.cli.output import Record
-from hivegrpo.peer.inference.export import describe_weights, write_model
+from hivegrpo.peer.inference.cost import Cost, total_cost
+from hivegrpo.peer.inference.export import Options, write_policy
+from hivegrpo.peer.inference.provenance import Provenance, accuracies
 from hivegrpo.peer.learn.base import resolve_model
 from hivegrpo.peer.learn.data import PROMPT, Prompts, canonical_rows, require_same_columns
 from hivegrpo.peer.learn.digests import model_digests, rows_digest
@@ -37,9 +39,9 @@ def home_of(config: RunConfig) -> Path:
 class Training:
     """A `Solo` that keeps its state and metrics in a home. For one thread."""
 
-    def __init__(self, solo: Solo, home: Path) -> None:
-        """Go on with what is in the home."""
-        self._solo, self._home = solo, home
+    def __init__(self, solo: Solo, home: Path, base: Path) -> None:
+        """Go on with what is in the home. `base`: folder of the base model."""
+        self._solo, self._home, self._base = solo, home, base
         if (home / STATE_FILE).is_file():
             solo.restore(home / STATE_FILE)
         _forget_after(home / METRICS_FILE, solo.version)
@@ -67,7 +69,7 @@ class Training:
         learner = Learner.open(config, settings, folder, sets[0], sets[1] if held_out is not None else None)
         try:
             learner.encoder.check(row[PROMPT] for prompts in sets for row in prompts.rows)
-            return cls(Solo(config, learner, version_zero(learner.layout, config, folder)), home)
+            return cls(Solo(config, learner, version_zero(learner.layout, config, folder)), home, folder)
         except BaseException:
             learner.close()
             raise
@@ -107,13 +109,24 @@ class Training:
             self._metrics.record(**found)
         return found
 
+    @property
+    def cost(self) -> Cost:
+        """Of all versions so far."""
+        told = read_history(self._home / METRICS_FILE)
+        return total_cost([record["metrics"] for record in told if record["kind"] == "version"])
+
+    @property
+    def provenance(self) -> Provenance:
+        """Of the newest version. What a version's metrics tell of was measured on the one before."""
+        told = list(read_history(self._home / METRICS_FILE))
+        measured = [(record["version"] - (record["kind"] == "version"), record["metrics"]) for record in told]
+        config = self._solo.config.published()
+        return Provenance(config, self.version, self._root(), accuracies(measured), self.cost)
+
     def export(self, to: Path) -> None:
         """Write the newest version as a Hugging Face folder, merged into the base; uses the policy up."""
-        config, policy = self._solo.config, self._solo.learner.policy
-        model = policy.model if policy.adapted is None else policy.adapted.merge_and_unload()
-        facts = [("policy version", str(self.version)), ("state root", self._root())]
-        card = describe_weights(config, "Merged weights of a policy trained by GRPO with hivegrpo solo.", facts)
-        write_model(to, model, self._solo.learner.encoder.tokenizer, card)
+        learner = self._solo.learner
+        write_policy(to, self.provenance, learner.policy, learner.encoder.tokenizer, self._base, Options())
 
     def close(self) -> None:
         """End the processes that score, and release the files."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hivegrpo.peer.feedback import ErrorFeedback
 from hivegrpo.peer.floats import NonFiniteError, require_moderate
+from hivegrpo.peer.learn.device_time import DeviceTime
 from hivegrpo.peer.learn.evaluation import Evaluation
 from hivegrpo.peer.learn.learner import LearnedContribution
 from hivegrpo.peer.learn.metrics import finite
@@ -58,6 +59,7 @@ class Work:
     """None if it has no weight."""
     note: str = ""
     """Why there was nothing to learn, in one line."""
+    on_gpu: bool = False
 
 
 class LeaseDesk:
@@ -73,6 +75,8 @@ class LeaseDesk:
     ) -> None:
         self.speed = 0.0
         """Tokens a second, of the last lease that was sampled."""
+        self.device_time = DeviceTime()
+        """What no contribution has told of yet."""
         self._learner = learner
         self._versions = versions
         self._contributions = contributions
@@ -83,12 +87,23 @@ class LeaseDesk:
     def sample(self, lease: pb.Lease, parameters: Tensor, cancelled: threading.Event) -> tuple[float, float]:
         """Sample ahead, under the version before the lease's; when it began and ended, by time.perf_counter."""
         began = time.perf_counter()
-        self._learner.load(lease.version - 1, parameters)
-        self._learner.sample(lease.id, lease.start, lease.count, lease.wanted, cancelled)
+        with self.device_time.learning():
+            self._learner.load(lease.version - 1, parameters)
+            self._learner.sample(lease.id, lease.start, lease.count, lease.wanted, cancelled)
         return began, time.perf_counter()
 
     def work(self, lease: pb.Lease, parameters: Tensor, cancelled: threading.Event) -> Work:
-        """The contribution and, unless it is empty, its vector, which is on disk by then."""
+        """The contribution and, unless it is empty, its vector, which is on disk by then.
+
+        Its metrics tell of the time since the last one that had weight: no version has those of the others.
+        """
+        with self.device_time.learning():
+            work = self._work(lease, parameters, cancelled)
+        if work.encoded is not None:
+            work.contribution.metrics.update(self.device_time.take(on_gpu=work.on_gpu))
+        return work
+
+    def _work(self, lease: pb.Lease, parameters: Tensor, cancelled: threading.Event) -> Work:
         self._load(lease.version, parameters)
         contribution = pb.Contribution(
             lease=lease.id, iteration=lease.iteration, version=lease.version, root=EMPTY_ROOT
@@ -126,7 +141,7 @@ class LeaseDesk:
         if learned.weight == 0:
             return Work(contribution, note=learned.note)
         self._contributions.add(lease.version, encoded)
-        return Work(contribution, encoded, learned.note)
+        return Work(contribution, encoded, learned.note, learned.on_gpu)
 
     def _encode(self, lease: pb.Lease, learned: LearnedContribution) -> EncodedVector:
         """The gradient's bytes, which are fixed from here on. What has no weight is in no version: no feedback."""

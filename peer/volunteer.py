@@ -265,7 +265,8 @@ class Volunteer:
     async def _step(self, plan: Opened[pb.RoundPlan], seal: Opened[pb.Seal], spans: Sequence[Span]) -> bytes:
         """The optimizer step beside the current state; its root (step 9)."""
         data = [span.data for span in spans]
-        state, root = await self._on_canonical(self._versions.shadow, plan.message, data)
+        with self._desk.device_time.stepping():
+            state, root = await self._on_canonical(self._versions.shadow, plan.message, data)
         self._shadow = Shadow(plan, seal, state, root)
         await self._session.touch()
         return root

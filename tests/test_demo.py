@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import closing, suppress
+from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,13 @@ from hivegrpo.cli.progress import Progress
 from hivegrpo.cli.report import differing_versions, report, summary
 from hivegrpo.coordinator.events import PeerLeft
 from hivegrpo.coordinator.log import LOG_FILE, EventLog
+from hivegrpo.peer.inference.cost import Cost, describe_cost
 from hivegrpo.protocol.chainfile import ChainFile
 from hivegrpo.protocol.errors import HiveError
 
 ALICE, BOB = "12D3KooWAlice", "12D3KooWBob"
 GOOD, BAD = "ab" * 32, "cd" * 32
+COST = Cost(2, 3600.0, 0.0, 0, 800, 300, 163)
 
 
 def status(version: int, **fields: Any) -> Record:
@@ -86,9 +89,10 @@ def test_progress_follows_the_coordinators_lines(progress: Progress) -> None:
 
 
 def test_the_report_says_what_each_peer_did(progress: Progress) -> None:
-    content = json.loads(json.dumps(report(progress, Accuracy(0.3, 0.9, 500), 12.3456)))
+    content = json.loads(json.dumps(report(progress, Accuracy(0.3, 0.9, 500), COST, 12.3456)))
     assert content["run_id"] == "ef" * 32
     assert content["accuracy"] == {"before": 0.3, "after": 0.9, "problems": 500}
+    assert content["cost"] == asdict(COST)
     assert content["seconds_total"] == 12.346
     assert [entry["version"] for entry in content["versions"]] == [0, 1, 2]
     assert content["versions"][1] == {
@@ -105,10 +109,11 @@ def test_the_report_says_what_each_peer_did(progress: Progress) -> None:
 
 def test_a_different_root_is_told(progress: Progress) -> None:
     assert differing_versions(progress) == []
-    assert "same state root" in " ".join(summary(progress, None, 1.0))
+    assert summary(progress, None, COST, 1.0)[-1] == describe_cost(COST)
+    assert "same state root" in " ".join(summary(progress, None, COST, 1.0))
     progress.take(vote(2, BOB, BAD))
     assert differing_versions(progress) == [2]
-    assert "different state roots for versions [2]" in " ".join(summary(progress, None, 1.0))
+    assert "different state roots for versions [2]" in " ".join(summary(progress, None, COST, 1.0))
 
 
 def rendered(progress: Progress) -> str:
@@ -298,6 +303,7 @@ def test_the_demo_is_a_coordinator_three_peers_and_a_p2pd_each(tmp_path: Path) -
         assert code == 0, "".join(started.lines)
         assert "every peer reported the same state root" in out
         assert "of 50 held-out problems" in out
+        assert "device-hours on CPUs" in out
         command = next(line for line in out.splitlines() if line.startswith("Talk to it:")).split(":", 1)[1].split()
         assert command[1] == "chat"
         assert (Path(command[2]) / "reward.png").is_file()
@@ -317,6 +323,12 @@ def test_the_demo_is_a_coordinator_three_peers_and_a_p2pd_each(tmp_path: Path) -
         assert sum(entry["bytes_received"].values()) == pytest.approx(4 * 40_960 * 33 / 32, rel=0.03)
         assert min(entry["seconds"].values()) > 0.0
     assert content["accuracy"]["problems"] == 50
+    assert (content["cost"]["versions"], content["cost"]["untimed"], content["cost"]["gpu_seconds"]) == (2, 0, 0.0)
+    assert content["cost"]["device_seconds"] > 0.0
+    # Two versions of three contributors: 2 (3 - 1) vectors each; the rest is framing.
+    told = sum(sum(entry["bytes_sent"].values()) for entry in content["versions"])
+    assert content["cost"]["bytes_exchanged"] == 2 * 4 * 40_960 * 33 // 32
+    assert told == pytest.approx(content["cost"]["bytes_exchanged"], rel=0.03)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from peft import PeftModel
 from support.trained_run import PROMPT, MadeRun, write_base, write_run
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer
 
-from hivegrpo.peer.inference.export import export
+from hivegrpo.peer.inference.export import Options, export
 from hivegrpo.peer.inference.load import load
 from hivegrpo.peer.inference.locate import CACHE, open_run
 from hivegrpo.peer.inference.remote import mirror_run
@@ -111,7 +111,7 @@ def test_a_merged_export_answers_like_the_policy(made: MadeRun, tmp_path: Path) 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks for what is renamed
 def test_an_adapter_export_answers_like_the_policy_under_peft(made: MadeRun, tmp_path: Path) -> None:
-    folder = export(str(made.folder), tmp_path / "adapter", "2", adapter=True)
+    folder = export(str(made.folder), tmp_path / "adapter", "2", Options(adapter=True))
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= {path.name for path in folder.iterdir()}
     assert str(made.folder) not in (folder / "adapter_config.json").read_text()
     live = load(None, "2", "cpu")
@@ -139,7 +139,7 @@ def test_an_export_is_whole_or_absent(made: MadeRun, tmp_path: Path, monkeypatch
 
 def test_the_base_is_not_exported_as_an_adapter(made: MadeRun, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no adapter"):
-        export(None, tmp_path / "adapter", "base", adapter=True)
+        export(None, tmp_path / "adapter", "base", Options(adapter=True))
 
 
 def flip(path: Path) -> None:

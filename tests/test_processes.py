@@ -10,6 +10,9 @@ from support.invariants import assert_invariants_of_homes
 from support.processes import Machine, Process, Record, addition_config, machine
 from support.runs import KEPT_VERSIONS
 
+from hivegrpo.peer.inference.cost import Cost, cost_of
+from hivegrpo.protocol.chainfile import ChainFile
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 FAULTY_PEER = str(Path(__file__).parent / "support" / "faulty_peer.py")
@@ -99,6 +102,10 @@ def test_the_coordinator_is_killed_and_the_chain_goes_on(tmp_path: Path) -> None
         await again.wait_for(version(14))
         assert [await peer.ended() for peer in peers] == [0, 0]
         assert await again.ended() == 0
+        cost = Cost(**again.records[-1]["cost"])
+        assert cost == cost_of(ChainFile.open(Path(begun["home"])).chain.entries)
+        assert cost.versions == 14
+        assert cost.device_seconds > 0.0
         assert_invariants_of_homes(Path(begun["home"]), {name: tmp_path / name for name in ("a", "b")})
 
     run(tmp_path, test)

@@ -18,6 +18,7 @@ from hivegrpo.cli.launch_solo import launch
 from hivegrpo.cli.output import Record
 from hivegrpo.cli.threads import is_peer
 from hivegrpo.cli.training import METRICS_FILE, STATE_FILE, Training, home_of
+from hivegrpo.peer.inference.answering import read_origin
 from hivegrpo.peer.learn.cancel import Cancelled
 from hivegrpo.peer.learn.data import Prompts
 from hivegrpo.peer.learn.genesis import version_zero
@@ -91,7 +92,8 @@ def bits(solo: Solo) -> bytes:
 
 
 def untimed(step: SoloStep) -> dict[str, float]:
-    return {name: value for name, value in step.metrics.items() if not name.startswith("seconds/")}
+    timed = ("seconds/", "num_device_seconds")
+    return {name: value for name, value in step.metrics.items() if not name.startswith(timed)}
 
 
 @pytest.mark.parametrize("trainable", ["full", "lora"])
@@ -243,6 +245,20 @@ def train(config: RunConfig, home: Path, count: int) -> tuple[bytes, list[dict[s
     return (home / STATE_FILE).read_bytes(), list(read_history(home / METRICS_FILE))
 
 
+def test_what_is_told_of_a_training_follows_from_its_metrics(config: RunConfig, tmp_path: Path) -> None:
+    _, metrics = train(config, tmp_path / "home", 6)
+    training = Training.open(config, PeerConfig(threads=1), tmp_path / "home")
+    try:
+        origin = training.provenance
+    finally:
+        training.close()
+    values = [record["metrics"]["eval/accuracy"] for record in metrics if "eval/accuracy" in record["metrics"]]
+    assert origin.accuracies == tuple(zip((0, 4, 6), values, strict=True))  # each of the policy that was measured
+    assert (origin.version, origin.cost.versions, origin.cost.untimed) == (6, 6, 0)
+    assert origin.cost.device_seconds == sum(record["metrics"].get("num_device_seconds", 0.0) for record in metrics)
+    assert origin.config.dataset.path == Path("rows.jsonl"), "no folder of this machine"
+
+
 def roots(metrics: list[dict[str, Any]]) -> list[tuple[int, str]]:
     return [(record["version"], record["state_root"]) for record in metrics if record["kind"] == "version"]
 
@@ -363,6 +379,9 @@ def test_the_command_stops_on_request_and_goes_on(base: Path, tmp_path: Path) ->
             assert await second.ended() == 0, second.tail()
             assert second.records[0]["version"] == first.records[-1]["version"]
             assert second.records[-1] == {"kind": "written", "to": str(tmp_path / "model")}
+            cost = second.records[-2]["cost"]
+            assert (cost["versions"], cost["untimed"], cost["bytes_exchanged"]) == (40, 0, 0)
+            assert cost["device_seconds"] > 0.0
             return [record for record in first.records + second.records if record["kind"] == "version"]
 
     told = roots(asyncio.run(scenario()))
@@ -372,3 +391,6 @@ def test_the_command_stops_on_request_and_goes_on(base: Path, tmp_path: Path) ->
     _, whole = train(RunConfig.load(tmp_path / "run.toml"), tmp_path / "whole", 40)
     assert told == roots(whole)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.hidden_size == 64
+    origin = read_origin(tmp_path / "model")
+    assert (origin["version"], origin["state_root"], origin["run_id"]) == (40, told[-1][1], None)
+    assert "with `hivegrpo solo`" in (tmp_path / "model" / "README.md").read_text()

@@ -30,6 +30,8 @@ class Trained:
     """None is the base, without the adapter."""
     policy: Policy
     tokenizer: "PreTrainedTokenizerBase"
+    base: Path
+    """Folder of the base model."""
 
     @property
     def title(self) -> str:
@@ -73,11 +75,11 @@ def load(run: str | None, revision: str, device: str = "auto") -> Trained:
     policy = Policy.load(folder, config.model, config.lora, choose_device(device))
     if version is not None:
         policy.load_vector(policy_vector(found, version, folder))
-    return Trained(found, version, policy, load_tokenizer(folder))
+    return Trained(found, version, policy, load_tokenizer(folder), folder)
 
 
-def find_run(run: str | None, revision: Revision) -> LocalRun:
-    """The run that RUN names, with what `revision` needs as far as it can be had."""
+def find_run(run: str | None, revision: Revision | None) -> LocalRun:
+    """The run that RUN names, with what `revision` needs as far as it can be had; None needs the chain alone."""
     if run is not None and is_address(run):
         return open_run(asyncio.run(mirror_run(run, revision, _connect)))
     return open_run(Path(run).expanduser() if run is not None else None)

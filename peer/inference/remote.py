@@ -28,9 +28,10 @@ KEPT_SECONDS = 3600.0
 """How long the cache keeps what the last command did not need: another one may be reading it."""
 
 
-async def mirror_run(address: str, revision: Revision, connect: Callable[[], Awaitable[Transport]]) -> Path:
+async def mirror_run(address: str, revision: Revision | None, connect: Callable[[], Awaitable[Transport]]) -> Path:
     """Fetch what `revision` needs from the run at `address`, as far as it is to be had; the run's folder here.
 
+    None needs nothing but the chain.
     UnreachableError if nobody answers or the answer breaks off, ChainError if what comes does not verify, BusyError if
     another process fetches this run.
     """
@@ -44,10 +45,11 @@ async def mirror_run(address: str, revision: Revision, connect: Callable[[], Awa
             chainfile = ChainFile.create(cache, found.run, coordinator, found.successions)
             await extend_chain(transport, coordinator, chainfile.chain, chainfile.append)
             remove_temporaries(cache)
-            store = BlobStore(cache / BLOBS)
-            fetcher = _Fetcher(transport, open_run(folder), store)
-            await fetcher.fetch(revision)
-            store.sweep(fetcher.used, KEPT_SECONDS)
+            if revision is not None:
+                store = BlobStore(cache / BLOBS)
+                fetcher = _Fetcher(transport, open_run(folder), store)
+                await fetcher.fetch(revision)
+                store.sweep(fetcher.used, KEPT_SECONDS)
     except WireError as error:
         raise UnreachableError(
             f"The run at {address} could not be read: {error}.",

@@ -19,6 +19,8 @@ TOKENIZER = (
     "tokenizer.model",
 )
 CHAT_TEMPLATE = ("chat_template*",)
+CARD = "README.md"
+"""Tells the licence; nothing is computed from it, and no digest covers it."""
 
 
 def resolve_model(model: ModelSection) -> Path:
@@ -68,7 +70,7 @@ def _download(name: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [*WEIGHTS, *SETTINGS, *TOKENIZER, *CHAT_TEMPLATE]
+    patterns = [*WEIGHTS, *SETTINGS, *TOKENIZER, *CHAT_TEMPLATE, CARD]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except LocalEntryNotFoundError:

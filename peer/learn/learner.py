@@ -44,6 +44,8 @@ class LearnedContribution:
     """rollout and gradient."""
     note: str = ""
     """Why there was nothing to learn, in a line; empty if there was."""
+    on_gpu: bool = False
+    """Whether a GPU did the work."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,7 @@ class Learner:
             num_tokens=int(metrics.get("num_tokens", 0)),
             seconds=seconds,
             note=sampled.why_nothing(rollout),
+            on_gpu=policy.device.type == "cuda",
         )
 
     def _sample(self, lease: int, positions: range, wanted: int, cancelled: threading.Event) -> Ahead:
@@ -209,6 +212,7 @@ class Learner:
             metrics=gradient.metrics | {"num_completion_tokens": float(kept.rollout.size.tokens)},
             num_tokens=0,
             seconds={"gradient": time.monotonic() - began},
+            on_gpu=self.policy.device.type == "cuda",
         )
 
     def evaluate(self, cancelled: threading.Event) -> Evaluation:

@@ -13,6 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from hivegrpo.peer.learn.device_time import DeviceTime
 from hivegrpo.peer.learn.learner import LearnedContribution, Learner
 from hivegrpo.peer.learn.step import PolicyState, adamw_step, state_bytes, state_from_bytes, state_size
 from hivegrpo.protocol.config import RunConfig
@@ -33,6 +34,8 @@ class SoloStep:
     """The newest version; the same as before if nothing was learnt."""
     metrics: dict[str, float]
     """Under TRL's names, with seconds/rollout, /gradient and /step, learning_rate, and at times eval/accuracy.
+
+    A version's num_device_seconds are all since the one before.
 
     What was sampled and evaluated is the version before.
     """
@@ -57,6 +60,7 @@ class Solo:
         """Positions in a row that taught nothing."""
         self._evaluation: dict[str, float] = {}
         """Of the newest version, once it is evaluated."""
+        self._device_time = DeviceTime()
         learner.load(0, self.state.parameters)
 
     @property
@@ -77,13 +81,16 @@ class Solo:
         """
         cancelled = cancelled or threading.Event()
         section = self.config.evaluation
-        evaluation = self.evaluate(cancelled) if section is not None and self.version % section.every == 0 else {}
-        learned = self._learn(cancelled)
+        with self._device_time.learning():
+            evaluation = self.evaluate(cancelled) if section is not None and self.version % section.every == 0 else {}
+            learned = self._learn(cancelled)
         metrics = learned.metrics | {f"seconds/{name}": seconds for name, seconds in learned.seconds.items()}
         if learned.weight > 0:
             began = time.monotonic()
-            metrics["learning_rate"] = self._advance(learned.vector)
+            with self._device_time.stepping():
+                metrics["learning_rate"] = self._advance(learned.vector)
             metrics["seconds/step"] = time.monotonic() - began
+            metrics |= self._device_time.take(on_gpu=learned.on_gpu)
             self._barren = 0
         else:
             self._count_barren(learned)

@@ -4,15 +4,17 @@ Of the versions, 2 has its state in the home, 3 the spans that lead there from 2
 """
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import pre_tokenizers
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from hivegrpo.peer.learn.digests import model_digests
-from hivegrpo.peer.learn.genesis import genesis_parameters
+from hivegrpo.peer.learn.genesis import version_zero
 from hivegrpo.peer.learn.policy import describe_layout
 from hivegrpo.peer.learn.step import PolicyState, adamw_step, state_bytes
 from hivegrpo.peer.swarm.codecs.registry import get_codec
@@ -69,19 +71,19 @@ def byte_level_tokenizer() -> Qwen2Tokenizer:
     return Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token="<end>", eos_token="<end>", pad_token="<pad>")
 
 
-def write_base(folder: Path) -> None:
-    """A byte-level Qwen2 of two layers; wide enough that the adapter spans two chunks, one for each reducer."""
+def write_base(folder: Path, layers: int = 2, spread: float = 0.3) -> None:
+    """A byte-level Qwen2; of two layers it is wide enough that the adapter spans two chunks, one for each reducer."""
     tokenizer = byte_level_tokenizer()
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=96,
-        initializer_range=0.3,
+        initializer_range=spread,
         eos_token_id=1,
         bos_token_id=None,
     )
@@ -89,10 +91,16 @@ def write_base(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def write_run(folder: Path, base: Path) -> MadeRun:
-    """Three steps with random gradients, each reduced by two peers, signed as a coordinator would."""
+def write_run(
+    folder: Path, base: Path, metrics: Mapping[int, Mapping[str, float]] | None = None, **sections: dict[str, Any]
+) -> MadeRun:
+    """Three steps with random gradients, each reduced by two peers, signed as a coordinator would.
+
+    metrics: of the versions, by number. sections: as of `small_config`.
+    """
     coordinator, *peers = sorted((Identity.generate() for _ in range(3)), key=lambda identity: identity.peer_id)
-    config = small_config(lora={"r": 8}, averaging={"codec": CODEC}, grpo={"max_completion_length": 8})
+    tables = {"lora": {"r": 8}, "averaging": {"codec": CODEC}, "grpo": {"max_completion_length": 8}}
+    config = small_config(**(tables | sections))
     home = folder / "peer"
     store = BlobStore(home / "blobs")
     layout = describe_layout(base, config.model, config.lora)
@@ -111,12 +119,14 @@ def write_run(folder: Path, base: Path) -> MadeRun:
     run_id = run_id_of(payload)
     signed = sign_payload(coordinator, run_id, "RunManifest", payload)
     chainfile = ChainFile.create(home, signed, coordinator.peer_id)
-    state = PolicyState.initial(genesis_parameters(layout, config.run.seed))
+    state = PolicyState.initial(version_zero(layout, config, base))
     genesis = pb.VersionManifest(version=0, parent=chainfile.chain.manifest.digest, state=state_blob(state))
     chainfile.append(pb.ChainEntry(manifest=sign(coordinator, run_id, genesis)))
     vectors = [state.parameters.clone()]
     for version in (1, 2, 3):
-        state, spans, entry = take_step(coordinator, [peer.peer_id for peer in peers], run_id, chainfile.chain, state)
+        told = (metrics or {}).get(version, {})
+        voters = [peer.peer_id for peer in peers]
+        state, spans, entry = take_step(coordinator, voters, run_id, chainfile.chain, state, told)
         chainfile.append(entry)
         vectors.append(state.parameters.clone())
         if version == 2:
@@ -127,7 +137,12 @@ def write_run(folder: Path, base: Path) -> MadeRun:
 
 
 def take_step(
-    coordinator: Identity, peers: list[str], run_id: str, chain: Chain, state: PolicyState
+    coordinator: Identity,
+    peers: list[str],
+    run_id: str,
+    chain: Chain,
+    state: PolicyState,
+    metrics: Mapping[str, float],
 ) -> tuple[PolicyState, list[bytes], pb.ChainEntry]:
     version = chain.height + 1
     head = chain.entries[-1].manifest
@@ -169,6 +184,7 @@ def take_step(
         spans=[as_blob(blob_ref(span)) for span in spans],
         state=state_blob(shadow),
         contributors=contributors,
+        metrics=metrics,
     )
     return (
         shadow,
