@@ -10,6 +10,7 @@ from hivegrpo.peer.inference.remote import mirror_run
 from hivegrpo.peer.inference.states import Revision, choose, parse_revision, policy_vector
 from hivegrpo.peer.learn.encoding import load_tokenizer
 from hivegrpo.peer.learn.policy import Policy, choose_device
+from hivegrpo.peer.learn.weights import Quantization
 from hivegrpo.peer.materials import base_folder
 from hivegrpo.peer.swarm.versions import ref_of
 from hivegrpo.protocol.blobstore import BlobStore
@@ -30,6 +31,8 @@ class Trained:
     """None is the base, without the adapter."""
     policy: Policy
     tokenizer: "PreTrainedTokenizerBase"
+    quantized: Quantization | None
+    """How the base is held here; None is in the precision of the run's [model] dtype."""
 
     @property
     def title(self) -> str:
@@ -51,29 +54,36 @@ class Trained:
 
         Merged it is faster, but weights of a lower precision would round much of the adapter away.
         """
-        if self.version is None or self.run.config.model.dtype == "float32":
+        if self.quantized is None and (self.version is None or self.run.config.model.dtype == "float32"):
             return self.merged()
+        if self.version is None and self.policy.adapted is not None:
+            self.policy.adapted.disable_adapter_layers()
         return self.policy.model
 
 
-def load(run: str | None, revision: str, device: str = "auto") -> Trained:
+def load(run: str | None, revision: str, device: str = "auto", quantize: Quantization | None = None) -> Trained:
     """RUN's policy at `revision`: from the homes on this machine, or, for an address, fetched first.
 
+    quantize: holds the base in fewer bits than the run says, which makes answers that differ a little.
     ConfigError for a wrong folder or revision, UnreachableError for an address where nobody answers, MismatchError for
     content that is not what the chain or the manifest names.
     """
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     wanted = parse_revision(revision)
+    device = choose_device(device)
     found = find_run(run, wanted)
     version = None if wanted == "base" else choose(found, wanted)
     config = found.config
+    if quantize is not None and config.model.trainable == "full":
+        raise ConfigError(
+            "This run trains every parameter: there is no base to hold in fewer bits.",
+            "Export the model, and quantize the exported folder.",
+        )
     folder = base_folder(found.chain.manifest.message, config, _model_store(found), found.folder / CACHE / "model")
-    policy = Policy.load(folder, config.model, config.lora, choose_device(device))
-    if version is not None:
-        policy.load_vector(policy_vector(found, version, folder))
-    return Trained(found, version, policy, load_tokenizer(folder))
+    vector = None if version is None else policy_vector(found, version, folder)
+    policy = Policy.load(folder, config.model, config.lora, device, quantize=quantize)
+    if vector is not None:
+        policy.load_vector(vector)
+    return Trained(found, version, policy, load_tokenizer(folder), quantize or config.model.quantize)
 
 
 def find_run(run: str | None, revision: Revision) -> LocalRun:

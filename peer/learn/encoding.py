@@ -13,16 +13,24 @@ from hivegrpo.protocol.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "tekken.json")
+"""Files of which a tokenizer has one."""
+COMPLETE = "Is the folder complete? Get it again."
+
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer in a base model's folder; ConfigError if there is none."""
     from transformers import AutoTokenizer
 
     require_built_in(folder)
+    if not any(path.is_file() for pattern in VOCABULARIES for path in folder.glob(pattern)):
+        # transformers would make an empty one.
+        raise ConfigError(f"There is no tokenizer in {folder}: it has none of {', '.join(VOCABULARIES)}.", COMPLETE)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"The tokenizer in {folder} cannot be loaded: {error}", "Is the folder complete?") from None
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+        raise ConfigError(f"The tokenizer in {folder} cannot be loaded: {reason}.", COMPLETE) from None
     return tokenizer
 
 
