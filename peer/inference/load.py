@@ -52,12 +52,10 @@ class Trained:
     def answering(self) -> "PreTrainedModel":
         """The model to sample from; uses the policy up.
 
-        Merged it is faster, but weights of a lower precision would round much of the adapter away.
+        Merged it is faster, but weights of a lower precision, or in fewer bits, would round much of the adapter away.
         """
-        if self.quantized is None and (self.version is None or self.run.config.model.dtype == "float32"):
+        if self.version is None or (self.quantized is None and self.run.config.model.dtype == "float32"):
             return self.merged()
-        if self.version is None and self.policy.adapted is not None:
-            self.policy.adapted.disable_adapter_layers()
         return self.policy.model
 
 
