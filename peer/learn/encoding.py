@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hivegrpo.peer.learn.base import require_built_in
+from hivegrpo.peer.learn.base import damages, require_built_in, unusable
 from hivegrpo.peer.learn.messages import Message, Prompt
 from hivegrpo.peer.learn.templates import TemplateRenderer, refusal
 from hivegrpo.protocol.config import DatasetSection
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "tekken.json")
 """Files of which a tokenizer has one."""
-COMPLETE = "Is the folder complete? Get it again."
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
@@ -25,12 +24,11 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     require_built_in(folder)
     if not any(path.is_file() for pattern in VOCABULARIES for path in folder.glob(pattern)):
         # transformers would make an empty one.
-        raise ConfigError(f"There is no tokenizer in {folder}: it has none of {', '.join(VOCABULARIES)}.", COMPLETE)
+        raise unusable("tokenizer", folder, f"it has none of {', '.join(VOCABULARIES)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
-        raise ConfigError(f"The tokenizer in {folder} cannot be loaded: {reason}.", COMPLETE) from None
+    except damages() as error:
+        raise unusable("tokenizer", folder, error) from None
     return tokenizer
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from hivegrpo.peer.learn.base import require_built_in
+from hivegrpo.peer.learn.base import damages, require_built_in, unusable
 from hivegrpo.protocol.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,14 +36,11 @@ def load_weights(
     ConfigError if transformers does not implement it, its files are damaged or lack a tensor, it does not fit into
     memory, or bitsandbytes is needed and not installed.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     require_built_in(folder)
     disable_progress_bar()  # stderr is a daemon's log
-    damages = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
     try:
         with ONE_AT_A_TIME:
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -63,21 +60,15 @@ def load_weights(
         raise ConfigError(
             f"The model in {folder} does not fit into the memory of this machine's GPU.", "Use --device cpu."
         ) from None
-    except (*damages, SafetensorError, StrictDataclassError) as error:
-        raise _unusable(folder, " ".join(f"{type(error).__name__}: {error}".split())) from None
+    except damages() as error:
+        raise unusable("model", folder, error) from None
     if report["missing_keys"]:
         # transformers would draw them at random.
-        raise _unusable(folder, f"its files lack {', '.join(sorted(report['missing_keys'])[:3])}")
+        raise unusable("model", folder, f"its files lack {', '.join(sorted(report['missing_keys'])[:3])}")
     if quantize is not None:
         _compute_as_stored(model)
     loaded: PreTrainedModel = model
     return loaded
-
-
-def _unusable(folder: Path, reason: str) -> ConfigError:
-    return ConfigError(
-        f"The model in {folder} cannot be loaded: {reason.rstrip('.')}.", "Is the folder complete? Get it again."
-    )
 
 
 def _settings(quantize: Quantization | None) -> Any:
