@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from support.trained_run import PROMPT, MadeRun, byte_level_tokenizer, write_bas
 from transformers import Qwen2ForCausalLM
 
 from hivegrpo.peer.inference.answering import ADAPTER_FILE, Answering, open_answering
-from hivegrpo.peer.inference.chat import COMMANDS, INTERRUPTED, chat
+from hivegrpo.peer.inference.chat import COMMANDS, INTERRUPTED, Opening, Talk, chat
 from hivegrpo.peer.inference.conversation import Conversation, Exchange
 from hivegrpo.peer.inference.load import Trained, load
 from hivegrpo.peer.inference.screen import DIM, PLAIN, Screen
@@ -87,11 +87,11 @@ class Keyboard(io.TextIOBase):
 
 Outcome = tuple[int, str, str]
 """The exit code, stdout and stderr."""
-Talk = Callable[..., Outcome]
+Typed = Callable[..., Outcome]
 
 
 @pytest.fixture
-def talk(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Talk:
+def talk(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Typed:
     """Chat with what is typed."""
 
     def start(
@@ -128,7 +128,7 @@ def test_the_base_answers_differently(made: MadeRun, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.usefixtures("made")
-def test_talking_goes_on_until_the_input_ends(talk: Talk) -> None:
+def test_talking_goes_on_until_the_input_ends(talk: Typed) -> None:
     live = load(None, "latest", "cpu")
     expected = "".join(f"{greedy(live, prompt)}\n" for prompt in ("1+1=", "2+2="))
     code, out, err = talk("1+1=", " ", KeyboardInterrupt, "5" * 200, KeyboardInterrupt, "2+2=")
@@ -138,7 +138,7 @@ def test_talking_goes_on_until_the_input_ends(talk: Talk) -> None:
 
 
 @pytest.mark.usefixtures("made")
-def test_an_interrupt_stops_the_answer_only(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_stops_the_answer_only(talk: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = greedy(load(None, "latest", "cpu"), "2+2=")
     forward = Qwen2ForCausalLM.forward
 
@@ -162,7 +162,7 @@ def test_an_interrupt_stops_the_answer_only(talk: Talk, monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("made")
-def test_two_interrupts_in_a_row_end_the_talk(talk: Talk) -> None:
+def test_two_interrupts_in_a_row_end_the_talk(talk: Typed) -> None:
     code, out, err = talk(KeyboardInterrupt, "", is_terminal=True)
     assert (code, out) == (0, "")
     assert err.count("/help has more") == 2
@@ -171,7 +171,7 @@ def test_two_interrupts_in_a_row_end_the_talk(talk: Talk) -> None:
 
 
 @pytest.mark.usefixtures("made")
-def test_commands(talk: Talk, tmp_path: Path) -> None:
+def test_commands(talk: Typed, tmp_path: Path) -> None:
     live, base = load(None, "latest", "cpu"), load(None, "base", "cpu")
     base.merged()
     saved = tmp_path / "talk.json"
@@ -266,6 +266,23 @@ def test_an_answer_is_complete_only_at_its_end(answering: Answering) -> None:
     assert conversation.exchanges == []
 
 
+def test_an_exchange_that_one_of_two_does_not_end_is_forgotten_by_both(
+    answering: Answering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversations = [Conversation(answering, 6), Conversation(answering, 6)]
+    pair = Talk(Screen(), Opening(None, "cpu", None, compare=True), conversations)
+    pair.ask("1+1")
+
+    def interrupted(prompt: str) -> Generator[Piece, None, None]:
+        yield Piece("2", False)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversations[1], "answer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pair.ask("2+2")
+    assert [len(conversation.exchanges) for conversation in conversations] == [1, 1]
+
+
 def test_a_temperature_draws_answers_that_differ(answering: Answering) -> None:
     conversation = Conversation(answering, 6, 1.0)
     answers = set()
@@ -276,14 +293,14 @@ def test_a_temperature_draws_answers_that_differ(answering: Answering) -> None:
 
 
 @pytest.mark.usefixtures("made")
-def test_a_history_that_is_too_long_is_said_once(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_history_that_is_too_long_is_said_once(talk: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = byte_level_tokenizer()
     tokenizer.chat_template = TEMPLATE
     monkeypatch.setattr("hivegrpo.peer.inference.load.load_tokenizer", lambda _: tokenizer)
     _, _, err = talk("9" * 30, "8" * 30, "7" * 30, "dog", max_new_tokens=4)
     assert err.count("(cut after 4 tokens") == 3
     assert err.count("its beginning is left out") == 1
-    assert "refuses a prompt: no dogs" in err
+    assert "refuses a prompt: TemplateError: no dogs" in err
 
 
 # Exported folders, and what can be wrong with them.
