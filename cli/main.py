@@ -155,14 +155,43 @@ def demo(
 
 @app.command()
 def chat(
-    run: Run = None,
+    run: Annotated[
+        str | None, typer.Argument(help="A run's folder or address, or an exported folder; the latest run if left out.")
+    ] = None,
     revision: Revision = "latest",
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and exit.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help='Answer this and exit; "-" is all that comes on stdin.')
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Let the base model answer too, for comparison.")] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of an answer; as in training if left out.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, max=100.0, help="Sample, with the training's top_p and top_k; 0 does not.")
+    ] = 0.0,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    quantize: Annotated[
+        Literal["4bit", "8bit"] | None, typer.Option(help="Hold the model in less memory, by bitsandbytes.")
+    ] = None,
 ) -> None:
-    """Talk to the model that a run has trained so far."""
+    """Talk to a trained model; lines on stdin are prompts, /help lists commands.
+
+    Ctrl-C stops an answer; at the prompt it shows help, and twice in a row it ends with exit code 130. The end of input
+    (Ctrl-D) ends with 0.
+    """
     from hivegrpo.peer.inference.chat import chat as start_chat
 
-    start_chat(run, revision, prompt)
+    code = start_chat(
+        run,
+        revision,
+        prompt,
+        compare=compare,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        device=device,
+        quantize=quantize,
+    )
+    raise typer.Exit(code)
 
 
 @app.command()

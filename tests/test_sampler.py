@@ -10,7 +10,8 @@ from hivegrpo.peer.learn.batches import make_batch
 from hivegrpo.peer.learn.gradient import completion_logps
 from hivegrpo.peer.learn.policy import Policy
 from hivegrpo.peer.learn.rollout import Rollout
-from hivegrpo.peer.learn.sampler import Completion, Sampling, narrow, sample, sample_within
+from hivegrpo.peer.learn.sampler import Completion, Sampling, narrow, sample, sample_within, stream
+from hivegrpo.protocol.errors import NumericsError
 
 PROMPTS = [[49, 43, 50, 61], [55, 61], [50, 43, 50, 43, 50, 61]]
 
@@ -111,3 +112,17 @@ def test_batches_within_a_budget_hold_all_prompts_in_order(policy: Policy) -> No
 def test_narrow(top_p: float, top_k: int, expected: list[float]) -> None:
     probabilities = torch.tensor([[0.0625, 0.5, 0.25, 0.1875]], dtype=torch.float64)
     assert narrow(probabilities, top_p, top_k).tolist() == [expected]
+
+
+def test_a_stream_gives_the_tokens_of_a_sample(policy: Policy) -> None:
+    for settings in (Sampling(8, temperature=0.0), Sampling(8, 0.9, top_p=0.9, top_k=20)):
+        for seed in range(4):
+            [expected] = sample(policy.model, PROMPTS[:1], 1, settings, FOURTH, torch.Generator().manual_seed(seed))
+            generator = torch.Generator().manual_seed(seed)
+            assert list(stream(policy.model, PROMPTS[0], settings, FOURTH, generator)) == expected.token_ids
+
+
+def test_a_stream_ends_at_logits_that_are_not_finite(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hivegrpo.peer.learn.sampler._forward", lambda *_: torch.full((1, 257), torch.nan))
+    with pytest.raises(NumericsError):
+        next(stream(policy.model, PROMPTS[0], Sampling(2), FOURTH, torch.Generator()))

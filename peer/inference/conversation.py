@@ -1,15 +1,35 @@
-"""One conversation with a model: prompts in, answers streamed to stdout as they are sampled."""
+"""One conversation with a model: a prompt in, its answer in pieces as they are sampled."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Generator
+from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 
-from hivegrpo.peer.learn.encoding import PromptEncoder, end_token_ids
-from hivegrpo.protocol.config import GrpoSection
+from hivegrpo.peer.inference.answering import Answering
+from hivegrpo.peer.inference.detokenizer import Detokenizer
+from hivegrpo.peer.inference.thinking import TAG_TEXTS, Piece, ThinkingSplitter
+from hivegrpo.peer.learn.encoding import end_token_ids
+from hivegrpo.peer.learn.messages import MAX_MESSAGES, Message, Prompt, prompt_complaint
+from hivegrpo.peer.learn.sampler import Sampling, stream
 from hivegrpo.protocol.errors import ConfigError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+TAIL = 16
+"""Tokens at the end of a prompt in which a template may have opened a thought."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A prompt and its whole answer."""
+
+    prompt: str
+    thinking: str
+    """What came between tags, with them; it is not in the history that the model gets to read, as in templates."""
+    answer: str
+    model: str
+    """Title of the one that answered."""
+    cut: bool
+    """Whether the answer did not end by itself, but at the most tokens that it may have."""
 
 
 class Conversation:
@@ -17,71 +37,137 @@ class Conversation:
 
     def __init__(
         self,
-        model: "PreTrainedModel",
-        encoder: PromptEncoder,
-        grpo: GrpoSection,
-        max_new_tokens: int,
-        temperature: float,
+        answering: Answering,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        *,
+        of_base: bool = False,
     ) -> None:
-        """`temperature` 0 always takes the most probable token; otherwise top_p and top_k are those of the training."""
-        from transformers import GenerationConfig
+        """max_new_tokens: the training's max_completion_length if left out.
 
-        self._model = model
-        self._encoder = encoder
-        self._max_new_tokens = max_new_tokens
-        self._turns: list[dict[str, str]] = []
-        # It replaces the base's own: a repetition penalty in there would give other answers than the run trained for.
-        ends = sorted(end_token_ids(encoder.tokenizer, model.generation_config))
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": grpo.top_p, "top_k": grpo.top_k}
-        model.generation_config = GenerationConfig(
-            eos_token_id=ends or None,
-            pad_token_id=0,  # of no effect: one answer at a time needs no padding
-            **(sampling if temperature > 0.0 else {"do_sample": False}),
-        )
-
-    @torch.inference_mode()
-    def answer(self, prompt: str) -> str:
-        """Stream the answer to stdout, and return it. ConfigError for a prompt that is empty, or too long.
-
-        An answer that is interrupted is forgotten, with its prompt.
+        `temperature` 0 always takes the most probable token; otherwise top_p and top_k are those of the training.
+        of_base: the base answers, in place of the policy, which has to be `comparable`.
         """
-        from transformers import TextStreamer
+        self.exchanges: list[Exchange] = []
+        self.system: str | None = None
+        """A system message in place of the training's."""
+        self.left_out = 0
+        """Exchanges, from the first on, that the last prompt had no room for."""
+        self._asked_length = max_new_tokens
+        self._temperature = temperature
+        self._of_base = of_base
+        self.switch(answering)
 
-        ids = self._encode(prompt)
-        tokens = torch.tensor([ids], device=self._model.device)
-        output = self._model.generate(
-            input_ids=tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=min(self._max_new_tokens, self._context - len(ids)),
-            streamer=TextStreamer(self._encoder.tokenizer, skip_prompt=True, skip_special_tokens=True),
-        )
-        [text] = self._encoder.decode([output[0, len(ids) :].tolist()])
-        self._turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
-        return text
+    def switch(self, answering: Answering) -> None:
+        """Let another model answer from now on."""
+        self.answering = answering
+        grpo = answering.grpo
+        self.max_new_tokens = self._asked_length or grpo.max_completion_length
+        self._top_p, self._top_k = grpo.top_p, grpo.top_k
+        self._ends = end_token_ids(answering.encoder.tokenizer, answering.model.generation_config)
+        self._generator = torch.Generator(answering.model.device)
+        self._generator.seed()
+
+    @property
+    def title(self) -> str:
+        """Who answers."""
+        return "the base model" if self._of_base else self.answering.title
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the model gets to read what was said before."""
+        return self.answering.encoder.chat
+
+    @property
+    def instructions(self) -> str | None:
+        """The system message that the model gets to read."""
+        return self.system if self.system is not None else self.answering.encoder.system_prompt
+
+    def instruct(self, system: str) -> None:
+        """Take a system message from now on; ConfigError, and nothing changes, if the template has no place for it."""
+        if not self.remembers:
+            raise ConfigError(
+                "This model has no chat template to put a system message into.", "Write it into the prompt."
+            )
+        before, self.system = self.system, system
+        try:
+            self.answering.encoder.text(self._messages([], "?"))
+        except ConfigError:
+            self.system = before
+            raise
+
+    def clear(self) -> None:
+        """Forget all that was said; the system message stays."""
+        self.exchanges.clear()
+        self.left_out = 0
+
+    def answer(self, prompt: str) -> Generator[Piece, None, None]:
+        """Its answer, in pieces as they are sampled; it is remembered once the last one has been taken.
+
+        ConfigError, at once, for a prompt that is empty or too long, or that the chat template refuses; NumericsError
+        for a model whose logits are not finite.
+        """
+        prompt = prompt.encode("utf-8", "replace").decode()  # bytes that are not UTF-8 come as lone surrogates
+        complaint = prompt_complaint(prompt)
+        if complaint is not None:
+            raise ConfigError(f"The prompt is {complaint}.", "Shorten it.")
+        return self._stream(prompt, self._encode(prompt))
+
+    def _stream(self, prompt: str, ids: list[int]) -> Generator[Piece, None, None]:
+        tokenizer = self.answering.encoder.tokenizer
+        length = min(self.max_new_tokens, self._context - len(ids))
+        detokenizer = Detokenizer(tokenizer, keep=TAG_TEXTS)
+        splitter = ThinkingSplitter(str(tokenizer.decode(ids[-TAIL:])))
+        sampling = Sampling(length, self._temperature, self._top_p, self._top_k)
+        pieces: list[Piece] = []
+        cut = True
+        with self.answering.base() if self._of_base else nullcontext():
+            for token in stream(self.answering.model, ids, sampling, self._ends, self._generator):
+                if token in self._ends:
+                    cut = False
+                    break
+                for piece in splitter.feed(detokenizer.add(token)):
+                    pieces.append(piece)
+                    yield piece
+        for piece in (*splitter.feed(detokenizer.end()), *splitter.end()):
+            pieces.append(piece)
+            yield piece
+        thinking = "".join(piece.text for piece in pieces if piece.thinking)
+        said = "".join(piece.text for piece in pieces if not piece.thinking)
+        self.exchanges.append(Exchange(prompt, thinking, said.lstrip("\n") if thinking else said, self.title, cut))
 
     @property
     def _context(self) -> int:
         """Tokens that the model can look back at, its own included."""
-        return int(getattr(self._model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+        return int(getattr(self.answering.model.config.get_text_config(), "max_position_embeddings", 1 << 30))
 
     def _encode(self, prompt: str) -> list[int]:
         """The prompt, after as much of what was said before as leaves room for an answer."""
-        earlier = self._turns if self._encoder.chat else []
-        ids = self._after(earlier, prompt)
-        while earlier and len(ids) + self._max_new_tokens > self._context:
-            earlier = earlier[2:]
-            ids = self._after(earlier, prompt)
-        if not 0 < len(ids) < self._context:
-            raise ConfigError(f"The prompt has {len(ids)} tokens; the model takes 1 to {self._context - 1}.")
+        encoder = self.answering.encoder
+        if not self.remembers:
+            return self._fit(encoder.encode(prompt))
+        room = self._context - min(self.max_new_tokens, self._context // 2)
+        first = max(self.left_out, len(self.exchanges) - (MAX_MESSAGES // 2 - 1))
+        ids = encoder.encode(self._messages(self.exchanges[first:], prompt))
+        while first < len(self.exchanges) and len(ids) > room:
+            first += 1
+            ids = encoder.encode(self._messages(self.exchanges[first:], prompt))
+        self._fit(ids)
+        self.left_out = first
         return ids
 
-    def _after(self, earlier: list[dict[str, str]], prompt: str) -> list[int]:
-        if not earlier:
-            return self._encoder.encode(prompt)
-        system = self._encoder.system_prompt
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        messages += [*earlier, {"role": "user", "content": prompt}]
-        tokenizer = self._encoder.tokenizer
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _fit(self, ids: list[int]) -> list[int]:
+        if not 0 < len(ids) < self._context:
+            raise ConfigError(
+                f"The prompt has {len(ids)} tokens; the model takes 1 to {self._context - 1}.",
+                "Shorten it." if ids else "Write something.",
+            )
         return ids
+
+    def _messages(self, exchanges: list[Exchange], prompt: str) -> Prompt:
+        """The encoder puts the training's system message in front if there is none."""
+        messages: list[Message] = [{"role": "system", "content": self.system}] if self.system is not None else []
+        for exchange in exchanges:
+            messages.append({"role": "user", "content": exchange.prompt})
+            messages.append({"role": "assistant", "content": exchange.answer})
+        return [*messages, {"role": "user", "content": prompt}]

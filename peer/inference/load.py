@@ -10,6 +10,7 @@ from hivegrpo.peer.inference.remote import mirror_run
 from hivegrpo.peer.inference.states import Revision, choose, parse_revision, policy_vector
 from hivegrpo.peer.learn.encoding import load_tokenizer
 from hivegrpo.peer.learn.policy import Policy, choose_device
+from hivegrpo.peer.learn.weights import Quantization
 from hivegrpo.peer.materials import base_folder
 from hivegrpo.peer.swarm.versions import ref_of
 from hivegrpo.protocol.blobstore import BlobStore
@@ -32,6 +33,8 @@ class Trained:
     tokenizer: "PreTrainedTokenizerBase"
     base: Path
     """Folder of the base model."""
+    quantized: Quantization | None
+    """How the base is held here; None is in the precision of the run's [model] dtype."""
 
     @property
     def title(self) -> str:
@@ -51,31 +54,36 @@ class Trained:
     def answering(self) -> "PreTrainedModel":
         """The model to sample from; uses the policy up.
 
-        Merged it is faster, but weights of a lower precision would round much of the adapter away.
+        Merged it is faster, but weights of a lower precision, or in fewer bits, would round much of the adapter away.
         """
-        if self.version is None or self.run.config.model.dtype == "float32":
+        if self.version is None or (self.quantized is None and self.run.config.model.dtype == "float32"):
             return self.merged()
         return self.policy.model
 
 
-def load(run: str | None, revision: str, device: str = "auto") -> Trained:
+def load(run: str | None, revision: str, device: str = "auto", quantize: Quantization | None = None) -> Trained:
     """RUN's policy at `revision`: from the homes on this machine, or, for an address, fetched first.
 
+    quantize: holds the base in fewer bits than the run says, which makes answers that differ a little.
     ConfigError for a wrong folder or revision, UnreachableError for an address where nobody answers, MismatchError for
     content that is not what the chain or the manifest names.
     """
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     wanted = parse_revision(revision)
+    device = choose_device(device)
     found = find_run(run, wanted)
     version = None if wanted == "base" else choose(found, wanted)
     config = found.config
+    if quantize is not None and config.model.trainable == "full":
+        raise ConfigError(
+            "This run trains every parameter: there is no base to hold in fewer bits.",
+            "Export the model, and quantize the exported folder.",
+        )
     folder = base_folder(found.chain.manifest.message, config, _model_store(found), found.folder / CACHE / "model")
-    policy = Policy.load(folder, config.model, config.lora, choose_device(device))
-    if version is not None:
-        policy.load_vector(policy_vector(found, version, folder))
-    return Trained(found, version, policy, load_tokenizer(folder), folder)
+    vector = None if version is None else policy_vector(found, version, folder)
+    policy = Policy.load(folder, config.model, config.lora, device, quantize=quantize)
+    if vector is not None:
+        policy.load_vector(vector)
+    return Trained(found, version, policy, load_tokenizer(folder), folder, quantize or config.model.quantize)
 
 
 def find_run(run: str | None, revision: Revision | None) -> LocalRun:

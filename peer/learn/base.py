@@ -51,6 +51,24 @@ def require_built_in(folder: Path) -> None:
         )
 
 
+def damages() -> tuple[type[Exception], ...]:
+    """What transformers raises on a model's files that are damaged, or do not belong together."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    wrong = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+    return (OSError, *wrong, SafetensorError, StrictDataclassError)
+
+
+def unusable(what: str, folder: Path, reason: Exception | str) -> ConfigError:
+    """What such files end in. `what` is the model, or its tokenizer."""
+    text = reason if isinstance(reason, str) else f"{type(reason).__name__}: {reason}"
+    return ConfigError(
+        f"The {what} in {folder} cannot be loaded: {' '.join(text.split()).rstrip('.')}.",
+        "Is the folder complete? Get it again.",
+    )
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hivegrpo.peer.learn.base import require_built_in
+from hivegrpo.peer.learn.base import damages, require_built_in, unusable
 from hivegrpo.peer.learn.messages import Message, Prompt
 from hivegrpo.peer.learn.templates import TemplateRenderer, refusal
 from hivegrpo.protocol.config import DatasetSection
@@ -13,16 +13,22 @@ from hivegrpo.protocol.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "tekken.json")
+"""Files of which a tokenizer has one."""
+
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer in a base model's folder; ConfigError if there is none."""
     from transformers import AutoTokenizer
 
     require_built_in(folder)
+    if not any(path.is_file() for pattern in VOCABULARIES for path in folder.glob(pattern)):
+        # transformers would make an empty one.
+        raise unusable("tokenizer", folder, f"it has none of {', '.join(VOCABULARIES)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"The tokenizer in {folder} cannot be loaded: {error}", "Is the folder complete?") from None
+    except damages() as error:
+        raise unusable("tokenizer", folder, error) from None
     return tokenizer
 
 

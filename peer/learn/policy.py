@@ -1,8 +1,6 @@
 """The policy: a model whose trainable parameters, an adapter's or its own, are one flat vector."""
 
-import importlib.util
 import logging
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hivegrpo.peer.learn.base import require_built_in
+from hivegrpo.peer.learn.weights import ONE_AT_A_TIME, Quantization, load_weights
 from hivegrpo.protocol.config import LoraSection, ModelSection
 from hivegrpo.protocol.errors import ConfigError, MismatchError
 
@@ -22,10 +21,6 @@ if TYPE_CHECKING:
 
 Layout = list[tuple[str, tuple[int, ...]]]
 """Name and shape of each trainable parameter, in the order in which they follow each other in the vector."""
-
-
-_ONE_AT_A_TIME = threading.Lock()
-"""transformers patches its own functions while it makes a model: two threads at once would leave them patched."""
 
 
 class Policy:
@@ -59,36 +54,28 @@ class Policy:
 
     @classmethod
     def load(
-        cls, folder: Path, model: ModelSection, lora: LoraSection, device: str, *, gradient_checkpointing: bool = False
+        cls,
+        folder: Path,
+        model: ModelSection,
+        lora: LoraSection,
+        device: str,
+        *,
+        gradient_checkpointing: bool = False,
+        quantize: Quantization | None = None,
     ) -> "Policy":
         """The policy on a local base model, as the run's [model] and [lora] sections say.
 
-        ConfigError if it is no such model, or this machine cannot hold it as [model] says.
+        quantize: holds the base in fewer bits than [model] says. ConfigError if it is no such model, or this machine
+        cannot hold it so.
         """
-        from transformers import AutoModelForCausalLM
-        from transformers.utils.logging import disable_progress_bar
-
-        require_built_in(folder)
         _require_bfloat16(model, device)
-        disable_progress_bar()  # stderr is the daemon's log
-        try:
-            with _ONE_AT_A_TIME:
-                base = AutoModelForCausalLM.from_pretrained(
-                    folder,
-                    dtype=getattr(torch, model.dtype),
-                    attn_implementation=model.attn_implementation,
-                    quantization_config=_quantization(model),
-                    device_map=device if model.quantize is not None else None,
-                    local_files_only=True,
-                    use_safetensors=True,
-                    trust_remote_code=False,
-                )
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"The model in {folder} cannot be loaded: {error}", "Is the folder complete?") from None
-        if model.quantize is None:
-            base = base.to(device)
-        else:
-            _compute_as_stored(base)
+        base = load_weights(
+            folder,
+            device,
+            dtype=model.dtype,
+            attn_implementation=model.attn_implementation,
+            quantize=quantize or model.quantize,
+        )
         adapter = lora if model.trainable == "lora" else None
         return cls(base, adapter, gradient_checkpointing=gradient_checkpointing)
 
@@ -154,7 +141,7 @@ def describe_layout(folder: Path, model: ModelSection, lora: LoraSection) -> Lay
     require_built_in(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        with _ONE_AT_A_TIME:
+        with ONE_AT_A_TIME:
             base = AutoModelForCausalLM.from_config(config)
         return Policy(base, lora if model.trainable == "lora" else None).layout
 
@@ -200,36 +187,6 @@ def _require_bfloat16(model: ModelSection, device: str) -> None:
             "The run's base model is in bfloat16, which this machine's GPU cannot compute with.",
             'Take part with --device cpu, or in a run with dtype = "float32".',
         )
-
-
-def _quantization(model: ModelSection) -> Any:
-    """Settings for a base in 4 bits (QLoRA, arXiv:2305.14314); None if it is not quantized."""
-    if model.quantize is None:
-        return None
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            "The run holds its base model in 4 bits, for which bitsandbytes is not installed.",
-            "pip install 'hivegrpo[quantize]'",
-        )
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=model.quantize,
-        bnb_4bit_compute_dtype=getattr(torch, model.dtype),
-        bnb_4bit_use_double_quant=False,
-    )
-
-
-def _compute_as_stored(base: "PreTrainedModel") -> None:
-    """Keep bitsandbytes from its path for processors with AVX512-BF16.
-
-    It repacks the weights whenever no gradient is wanted, fails where a layer's width is no multiple of the block size,
-    and computes in bfloat16: the sampler would have other log-probabilities than the loss, and than other machines.
-    """
-    for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _with_adapter(base: "PreTrainedModel", lora: LoraSection) -> "PeftModel":

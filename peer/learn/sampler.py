@@ -5,7 +5,7 @@ the cache for every token.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,9 +96,7 @@ def sample(
         logits = _forward(model, taken.unsqueeze(1), mask if padded else None, position, cache)
     drawn = torch.arange(tokens.shape[1], device=device) < lengths.unsqueeze(1)
     if not logps[drawn].isfinite().all():  # looked at once: for each token it would wait for the device
-        raise NumericsError(
-            "The policy's logits are not finite.", "It has diverged, or this device computes wrong numbers."
-        )
+        raise _not_finite()
     counts = lengths.tolist()
     return [
         Completion(row_tokens[:count], row_logps, row_entropies, ended)
@@ -111,6 +109,31 @@ def sample(
             strict=True,
         )
     ]
+
+
+@torch.inference_mode()
+def stream(
+    model: Any, prompt: Sequence[int], sampling: Sampling, end_ids: frozenset[int], generator: torch.Generator
+) -> Iterator[int]:
+    """The tokens of one completion of one prompt, each as soon as it is drawn, up to the end token if it comes to one.
+
+    They are those that `sample` draws from the same generator. NumericsError if one is drawn from logits that are not
+    finite.
+    """
+    from hivegrpo.peer.learn.cache import make_cache  # here: it imports transformers
+
+    cache = make_cache(model.config)
+    ids = torch.tensor([list(prompt)], device=model.device)
+    positions = torch.arange(len(prompt), device=model.device).unsqueeze(0)
+    for _ in range(sampling.max_completion_length):
+        taken, logps, _ = draw(_forward(model, ids, None, positions, cache), sampling, generator)
+        if not logps.isfinite().item():
+            raise _not_finite()
+        token = int(taken.item())
+        yield token
+        if token in end_ids:
+            return
+        ids, positions = taken.unsqueeze(1), positions[:, -1:] + 1
 
 
 def sample_within(
@@ -186,6 +209,12 @@ def _close_ranks(ended: Tensor) -> Tensor:
     order = torch.arange(len(going), device=ended.device)
     order[ended[: len(going)]] = going[going >= len(going)]
     return order
+
+
+def _not_finite() -> NumericsError:
+    return NumericsError(
+        "The policy's logits are not finite.", "It has diverged, or this device computes wrong numbers."
+    )
 
 
 def _forward(model: Any, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> Tensor:
