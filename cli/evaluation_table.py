@@ -7,28 +7,23 @@ Result = dict[str, Any]
 
 
 def table(results: Result) -> Iterator[str]:
-    """A row for each model, a column for each metric, in percent with intervals; then what else there is to say."""
+    """A row for each metric, a column for each model, in percent with intervals, and for each difference, in points;
+    then what else there is to say."""
     models = [model["revision"] for model in results["models"]]
     yield from (f"{model['revision']}: {model['title']}" for model in results["models"])
     for benchmark in results["benchmarks"]:
         yield ""
         yield f"{benchmark['name']}, {benchmark['problems']} problems"
-        metrics = list(dict.fromkeys(score["metric"] for score in benchmark["scores"]))
-        rows = [["", *metrics]]
-        rows += [
-            [model, *(_figure(_find(benchmark["scores"], model, metric)) for metric in metrics)] for model in models
-        ]
-        rows += [
-            [f"{model} - {models[0]}", *(_points(_find(benchmark["differences"], model, metric)) for metric in metrics)]
-            for model in models[1:]
-        ]
-        clean = benchmark["scores"][0]["clean"]
-        if clean is not None:
-            rows += [
-                [f"{model} ({clean['problems']} clean)"]
-                + [_figure(_find(benchmark["scores"], model, metric)["clean"]) for metric in metrics]
-                for model in models
-            ]
+        rows = [["", *models, *(f"{model} - {models[0]}" for model in models[1:])]]
+        for metric in dict.fromkeys(score["metric"] for score in benchmark["scores"]):
+            scores = [score for score in benchmark["scores"] if score["metric"] == metric]
+            differences = [each for each in benchmark["differences"] if each["metric"] == metric]
+            rows.append([metric, *map(_figure, scores), *map(_points, differences)])
+            clean = [score["clean"] for score in scores if score["clean"] is not None]
+            if clean:
+                rows.append(
+                    [f"{metric}, {clean[0]['problems']} clean", *map(_figure, clean), *("" for _ in differences)]
+                )
         yield from _aligned(rows)
         yield from _remarks(benchmark)
 
@@ -55,16 +50,13 @@ def _remarks(benchmark: Result) -> Iterator[str]:
     )
 
 
-def _find(scores: Sequence[Result], revision: str, metric: str) -> Result:
-    return next(score for score in scores if (score["revision"], score["metric"]) == (revision, metric))
-
-
 def _figure(score: Result) -> str:
     return f"{score['value']:.1%} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]"
 
 
-def _points(score: Result) -> str:
-    return f"{100 * score['value']:+.1f} [{100 * score['low']:+.1f}, {100 * score['high']:+.1f}]"
+def _points(difference: Result) -> str:
+    value, low, high = (round(100 * difference[name], 1) + 0.0 for name in ("value", "low", "high"))  # -0.0 is 0.0
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:

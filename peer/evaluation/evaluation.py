@@ -13,7 +13,9 @@ from hivegrpo.peer.evaluation.models import Measured, identify, training_of
 from hivegrpo.peer.evaluation.results import Answers, summarize
 from hivegrpo.peer.evaluation.sampling import sample_missing
 from hivegrpo.peer.evaluation.settings import EvaluateConfig
-from hivegrpo.peer.inference.answering import Answering, open_answering
+from hivegrpo.peer.inference.answering import Answering, is_exported, open_answering
+from hivegrpo.peer.inference.locate import is_address, open_run
+from hivegrpo.peer.inference.states import choose, parse_revision
 from hivegrpo.protocol.config import PeerConfig
 from hivegrpo.protocol.homes import locked_home, state_folder
 
@@ -39,6 +41,7 @@ def evaluate(
     does not answer, MismatchError for content that is not what a chain names, BusyError if another evaluation writes
     to the folder, NumericsError if a model's numbers are not finite.
     """
+    _require_revisions(source, revisions)
     models: list[Measured] = []
     answers: list[list[Answers]] = []
     with ExitStack() as stack:
@@ -88,6 +91,17 @@ def _examine(
             )
             answers.outcomes[part.name] = ledger.outcomes
     return answers
+
+
+def _require_revisions(source: str | None, revisions: Sequence[str]) -> None:
+    """ConfigError for one that cannot be had, before hours go by; of an address, only for one that is none."""
+    wanted = [parse_revision(revision) for revision in revisions]
+    if is_exported(source) or (source is not None and is_address(source)):
+        return
+    run = open_run(Path(source).expanduser() if source is not None else None)
+    for revision in wanted:
+        if revision != "base":
+            choose(run, revision)
 
 
 def _folder_of(answering: Answering, model: Measured) -> Path:
