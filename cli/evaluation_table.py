@@ -33,7 +33,8 @@ def _remarks(benchmark: Result) -> Iterator[str]:
     for each in benchmark["completions"]:
         for name, part in ((name, each[name]) for name in ("greedy", "sampled") if name in each):
             if part["clipped"]:
-                yield f"{each['revision']}, {name}: {part['share_clipped']:.1%} of {part['count']} completions are cut."
+                share = f"{part['clipped']} of {part['count']} completions ({part['share_clipped']:.1%})"
+                yield f"{each['revision']}, {name}: {share} are cut."
             if part["unscored"]:
                 yield f"{each['revision']}, {name}: {part['unscored']} completions have no score, and count as wrong."
     unfit = benchmark["completions"][0]["unfit"]

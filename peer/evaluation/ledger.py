@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,6 +35,11 @@ class Attempt:
     """Whether it ended by itself, and was not cut."""
     score: float | None
     """None if the reward gave none, or failed."""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Its fields, as they are written."""
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +94,7 @@ class Ledger:
     def append(self, attempts: Iterable[Attempt]) -> None:
         """Add a batch; it is on disk when this returns."""
         batch = list(attempts)
-        self._file.write(b"".join(_line(asdict(attempt)) for attempt in batch))
+        self._file.write(b"".join(_line(attempt.record) for attempt in batch))
         self._file.flush()
         os.fsync(self._file.fileno())
         for attempt in batch:

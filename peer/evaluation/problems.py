@@ -35,7 +35,8 @@ def load_problems(section: BenchmarkSection, run: LocalRun | None) -> Problems:
         limit = min(limit or most, most)
     elif section.source.startswith(ADDITION):
         digits = parse_digits(section.source)
-        data = b"".join(addition_rows(digits, section.size or SIZE, section.seed or 0))
+        size = section.size or min(SIZE, addition_count(digits))
+        data = b"".join(addition_rows(digits, size, section.seed or 0))
     else:
         try:
             data = canonical_rows(section.dataset, section.dataset)
@@ -45,6 +46,11 @@ def load_problems(section: BenchmarkSection, run: LocalRun | None) -> Problems:
     return Problems(rows_digest(data).hex(), Prompts.from_jsonl(data).rows[:limit])
 
 
+def addition_count(digits: int) -> int:
+    """How many different problems there are."""
+    return int((10**digits - 10 ** (digits - 1)) ** 2)
+
+
 def addition_rows(digits: int, size: int, seed: int) -> Iterator[bytes]:
     """Canonical rows of `size` different problems "a+b=", a and b of so many digits without leading zeros.
 
@@ -52,8 +58,8 @@ def addition_rows(digits: int, size: int, seed: int) -> Iterator[bytes]:
     so many.
     """
     low, high = 10 ** (digits - 1), 10**digits
-    if size > (high - low) ** 2:
-        raise ConfigError(f"There are {(high - low) ** 2} problems of {digits} digits.", "Set a smaller size.")
+    if size > addition_count(digits):
+        raise ConfigError(f"There are {addition_count(digits)} problems {ADDITION}{digits}.", "Set a smaller size.")
     draws, drawn = random.Random(seed), set[tuple[int, int]]()  # noqa: S311 - problems, not secrets
     while len(drawn) < size:
         pair = draws.randrange(low, high), draws.randrange(low, high)

@@ -11,7 +11,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from hivegrpo.peer.learn.digests import model_digests
+from hivegrpo.peer.learn.digests import model_digests, rows_digest
 from hivegrpo.peer.learn.genesis import genesis_parameters
 from hivegrpo.peer.learn.policy import describe_layout
 from hivegrpo.peer.learn.step import PolicyState, adamw_step, state_bytes
@@ -89,10 +89,14 @@ def write_base(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def write_run(folder: Path, base: Path) -> MadeRun:
-    """Three steps with random gradients, each reduced by two peers, signed as a coordinator would."""
+def write_run(folder: Path, base: Path, held_out: bytes = b"") -> MadeRun:
+    """Three steps with random gradients, each reduced by two peers, signed as a coordinator would.
+
+    held_out: canonical rows of its [evaluation], if it has any.
+    """
     coordinator, *peers = sorted((Identity.generate() for _ in range(3)), key=lambda identity: identity.peer_id)
-    config = small_config(lora={"r": 8}, averaging={"codec": CODEC}, grpo={"max_completion_length": 8})
+    sections = {"evaluation": {"path": "held_out.jsonl", "limit": 3}} if held_out else {}
+    config = small_config(lora={"r": 8}, averaging={"codec": CODEC}, grpo={"max_completion_length": 8}, **sections)
     home = folder / "peer"
     store = BlobStore(home / "blobs")
     layout = describe_layout(base, config.model, config.lora)
@@ -107,6 +111,9 @@ def write_run(folder: Path, base: Path) -> MadeRun:
         rows=1,
         layout=[pb.Tensor(name=name, shape=shape) for name, shape in layout],
     )
+    if held_out:
+        manifest.evaluation.MergeFrom(pb.File(name="held_out.jsonl", blob=as_blob(store.add_bytes(held_out))))
+        manifest.digests["evaluation"] = rows_digest(held_out)
     payload = manifest.SerializeToString(deterministic=True)
     run_id = run_id_of(payload)
     signed = sign_payload(coordinator, run_id, "RunManifest", payload)
