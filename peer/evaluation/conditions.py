@@ -9,7 +9,7 @@ from hivegrpo.peer.learn.encoding import PromptEncoder
 from hivegrpo.peer.learn.sampler import Sampling
 from hivegrpo.peer.rewards.base import Reward
 from hivegrpo.peer.rewards.registry import find_rewards
-from hivegrpo.protocol.config import DatasetSection, RewardsSection
+from hivegrpo.protocol.config import RewardsSection
 from hivegrpo.protocol.errors import ConfigError
 
 
@@ -60,10 +60,7 @@ def encoder_of(section: BenchmarkSection, answering: Answering) -> PromptEncoder
     """Of a benchmark's prompts: in the form that it says, or that of the training."""
     if section.system_prompt is None and section.prompt_template is None:
         return answering.encoder
-    form = DatasetSection(
-        name="of/no-account", system_prompt=section.system_prompt, prompt_template=section.prompt_template
-    )
-    return PromptEncoder(answering.encoder.tokenizer, form)
+    return PromptEncoder(answering.encoder.tokenizer, section.dataset)
 
 
 def reward_of(section: BenchmarkSection, training: RewardsSection | None) -> Reward:

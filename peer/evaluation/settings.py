@@ -74,19 +74,15 @@ class BenchmarkSection(Section):
             raise ValueError("k and temperature are for samples: set n")
         if any(not 1 <= k <= self.n for k in self.k):
             raise ValueError(f"each k is 1 to n, which is {self.n}")
-        if self.prompt_template is not None and self.system_prompt is not None:
-            raise ValueError("system_prompt is for chat templates: write it into prompt_template instead")
         if not self.generated and (self.size is not None or self.seed is not None):
             raise ValueError(f"size and seed belong to {GENERATED}TASK and {ADDITION}DIGITS")
-        if self.source is None and (self.config or self.split or self.revision):
+        if (self.source or ADDITION).startswith(ADDITION) and (self.config or self.split or self.revision):
             raise ValueError("config, split and revision belong to a hub dataset: name it as source")
-        if self.source is not None and not self.source.startswith(ADDITION):
-            try:
-                _ = self.dataset  # it has rules of its own
-            except ValidationError as error:
-                raise ValueError(
-                    "; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())
-                ) from None
+        try:
+            _ = self.dataset
+        except ValidationError as error:
+            reasons = [item["msg"].removeprefix("Value error, ") for item in error.errors()]
+            raise ValueError("; ".join(reasons)) from None
         return self
 
     @property
@@ -108,16 +104,15 @@ class BenchmarkSection(Section):
 
     @property
     def dataset(self) -> DatasetSection:
-        """Where rows come from, and their columns; only for a source that is no built-in generator."""
-        assert self.source is not None
-        place: dict[str, Any] = {"name": self.source}
-        if self.source.endswith(FILES):
+        """The same in the words of a run.toml: where rows come from, their columns, and what is put around prompts."""
+        place: dict[str, Any] = {"name": self.source or self.title}
+        if self.source is not None and self.source.endswith(FILES):
             place = {"path": Path(self.source).expanduser()}
-        elif self.generated:
+        elif self.source is not None and self.source.startswith(GENERATED):
             place |= {"size": self.size or SIZE, "seed": self.seed or 0}
-        hub = {"config": self.config, "split": self.split, "revision": self.revision}
-        columns = {"prompt_column": self.prompt_column, "answer_column": self.answer_column, "columns": self.columns}
-        return DatasetSection.model_validate({**place, **hub, **columns})
+        same = ("config", "split", "revision", "prompt_column", "answer_column", "columns")
+        form = ("system_prompt", "prompt_template")
+        return DatasetSection.model_validate(place | {name: getattr(self, name) for name in (*same, *form)})
 
 
 class EvaluateConfig(Section):
