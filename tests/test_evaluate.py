@@ -1,5 +1,6 @@
 """Evaluations: of a model whose chances are known (support/coin.py), of a run, interrupted, and as a command."""
 
+import asyncio
 import json
 import sys
 from collections.abc import Callable
@@ -16,12 +17,24 @@ from hivegrpo.cli.main import main
 from hivegrpo.peer.evaluation import sampling
 from hivegrpo.peer.evaluation.estimators import pass_at_k
 from hivegrpo.peer.evaluation.evaluation import SAMPLES, evaluate
-from hivegrpo.peer.evaluation.settings import EvaluateConfig
+from hivegrpo.peer.evaluation.problems import load_problems
+from hivegrpo.peer.evaluation.settings import BenchmarkSection, EvaluateConfig
+from hivegrpo.peer.evaluation.training import training_prompts
+from hivegrpo.peer.inference.locate import LocalRun, open_run
+from hivegrpo.peer.inference.remote import mirror_run
 from hivegrpo.peer.learn.sampler import sample_within
+from hivegrpo.peer.swarm.versions import ref_of
+from hivegrpo.protocol.blobstore import BlobStore
+from hivegrpo.protocol.blobstream import serve_blobs
+from hivegrpo.protocol.chainstream import serve_chain
 from hivegrpo.protocol.config import PeerConfig
 from hivegrpo.protocol.errors import BusyError, ConfigError
 from hivegrpo.protocol.homes import locked_home, run_folder
+from hivegrpo.protocol.identity import Identity
+from hivegrpo.protocol.transport.base import Transport
+from hivegrpo.protocol.transport.memory import MemoryNetwork
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "addition" / "evaluate.toml"
 HELD_OUT = b"".join(b'{"answer":"%d","prompt":"%d+1="}\n' % (number + 1, number) for number in range(5))
 
 
@@ -277,6 +290,30 @@ def test_figures_are_given_without_problems_that_were_trained_on(
     assert found["scores"][0]["clean"] is None
 
 
+def test_an_address_offers_the_rows_too(original: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are fetched for an evaluation, and for nothing else."""
+    monkeypatch.setenv("HIVEGRPO_HOME", str(tmp_path))
+    manifest = original.chain.manifest.message
+    refs = [ref_of(file.blob) for file in (manifest.dataset, manifest.evaluation)]
+
+    async def mirror(rows: bool) -> LocalRun:
+        network = MemoryNetwork()
+        coordinator = network.join(original.coordinator)
+        await serve_chain(coordinator, original.chain)
+        await serve_blobs(coordinator, BlobStore(original.home / "blobs"))
+
+        async def connect() -> Transport:
+            return network.join(Identity.generate())
+
+        return open_run(await mirror_run(coordinator.addresses()[0], "base", connect, rows=rows))
+
+    assert [asyncio.run(mirror(rows=False)).has(ref) for ref in refs] == [False, False]
+    run = asyncio.run(mirror(rows=True))
+    assert [run.has(ref) for ref in refs] == [True, True]
+    assert len(load_problems(BenchmarkSection(), run).rows) == 3
+    assert list(training_prompts(run, None, None)) == ["12+34="]
+
+
 Call = Callable[..., tuple[int, str, str]]
 
 
@@ -310,6 +347,34 @@ def test_the_command_prints_a_table_and_writes_results_and_plot(made: MadeRun, t
     assert code == 0
     assert json.loads(out) == json.loads((tmp_path / "to" / "results.json").read_text())
     assert str(tmp_path / "to") in err
+
+
+def test_ctrl_c_says_that_it_goes_on(
+    made: MadeRun, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sampling, "sample_within", interrupt)
+    code, out, err = call("--to", str(tmp_path / "to"))
+    assert (code, out) == (130, "")
+    assert "goes on from here" in err
+    assert not (tmp_path / "to" / "results.json").exists()
+
+
+def test_the_example_measures_the_demo_s_run(made: MadeRun, tmp_path: Path, watched: Watched) -> None:
+    """Here of a made run that is none, on the first problems."""
+    config = EvaluateConfig.load(EXAMPLE)
+    few = config.model_copy(update={"benchmark": tuple(
+        section.model_copy(update={"limit": 3, "n": min(section.n, 4), "k": ()}) for section in config.benchmark
+    )})  # fmt: skip
+    _, results = evaluate(str(made.folder), ["base", "latest"], few, PeerConfig(device="cpu"), tmp_path, watched.show)
+    assert [(each["name"], each["problems"]) for each in results["benchmarks"]] == [
+        ("held out", 3), ("addition:3", 3), ("reasoning_gym:chain_sum", 3)
+    ]  # fmt: skip
+    assert all(
+        score["low"] <= score["value"] <= score["high"] for each in results["benchmarks"] for score in each["scores"]
+    )
 
 
 def test_several_benchmarks_come_from_a_file(coin: Path, tmp_path: Path, call: Call) -> None:

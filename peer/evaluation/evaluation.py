@@ -14,8 +14,9 @@ from hivegrpo.peer.evaluation.results import Answers, summarize
 from hivegrpo.peer.evaluation.sampling import sample_missing
 from hivegrpo.peer.evaluation.settings import EvaluateConfig
 from hivegrpo.peer.inference.answering import Answering, is_exported, open_answering
-from hivegrpo.peer.inference.locate import is_address, open_run
-from hivegrpo.peer.inference.states import choose, parse_revision
+from hivegrpo.peer.inference.load import find_run
+from hivegrpo.peer.inference.locate import is_address
+from hivegrpo.peer.inference.states import Revision, choose, parse_revision
 from hivegrpo.protocol.config import PeerConfig
 from hivegrpo.protocol.homes import locked_home, state_folder
 
@@ -41,7 +42,8 @@ def evaluate(
     does not answer, MismatchError for content that is not what a chain names, BusyError if another evaluation writes
     to the folder, NumericsError if a model's numbers are not finite.
     """
-    _require_revisions(source, revisions)
+    if not is_exported(source):
+        _look_up(source, [parse_revision(revision) for revision in revisions])
     models: list[Measured] = []
     answers: list[list[Answers]] = []
     with ExitStack() as stack:
@@ -93,15 +95,14 @@ def _examine(
     return answers
 
 
-def _require_revisions(source: str | None, revisions: Sequence[str]) -> None:
-    """ConfigError for one that cannot be had, before hours go by; of an address, only for one that is none."""
-    wanted = [parse_revision(revision) for revision in revisions]
-    if is_exported(source) or (source is not None and is_address(source)):
-        return
-    run = open_run(Path(source).expanduser() if source is not None else None)
-    for revision in wanted:
-        if revision != "base":
-            choose(run, revision)
+def _look_up(source: str | None, revisions: Sequence[Revision]) -> None:
+    """Fetch a run's rows, if it has an address; of another, ConfigError for a revision that cannot be had, before
+    hours go by on the one before it."""
+    run = find_run(source, revisions[0], rows=True)
+    if source is None or not is_address(source):
+        for revision in revisions:
+            if revision != "base":
+                choose(run, revision)
 
 
 def _folder_of(answering: Answering, model: Measured) -> Path:

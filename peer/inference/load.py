@@ -76,10 +76,10 @@ def load(run: str | None, revision: str, device: str = "auto") -> Trained:
     return Trained(found, version, policy, load_tokenizer(folder))
 
 
-def find_run(run: str | None, revision: Revision) -> LocalRun:
-    """The run that RUN names, with what `revision` needs as far as it can be had."""
+def find_run(run: str | None, revision: Revision, *, rows: bool = False) -> LocalRun:
+    """The run that RUN names, with what `revision` needs as far as it can be had; and with its rows, if wanted."""
     if run is not None and is_address(run):
-        return open_run(asyncio.run(mirror_run(run, revision, _connect)))
+        return open_run(asyncio.run(mirror_run(run, revision, _connect, rows=rows)))
     return open_run(Path(run).expanduser() if run is not None else None)
 
 
