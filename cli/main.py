@@ -229,6 +229,37 @@ def cost(
 
 
 @app.command()
+def evaluate(
+    run: Annotated[
+        str | None, typer.Argument(help="A run's folder or address, or an exported folder; the latest run if not.")
+    ] = None,
+    revision: Annotated[
+        list[str] | None, typer.Option(help="As for chat; several make one table. base and latest if left out.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="evaluate.toml: several benchmarks.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="File, hub dataset, reasoning_gym:TASK or addition:DIGITS; the run's held-out rows if not."),
+    ] = None,
+    reward: Annotated[str | None, typer.Option(help="Function that scores; the run's first if left out.")] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", "-n", help="Completions to sample of each problem.")
+    ] = None,
+    k: Annotated[list[int] | None, typer.Option("-k", help="For pass@k and maj@k; 1 and n if left out.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the samples; the training's if left out.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Problems, from the top; all if left out.")] = None,
+    to: Annotated[Path | None, typer.Option(help="Folder of samples and results; in the state folder if not.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Measure how well models solve problems, with intervals; goes on after Ctrl-C where it stopped."""
+    from hivegrpo.cli.launch_evaluate import launch
+
+    flags = {"source": data, "reward": reward, "n": samples, "k": k, "temperature": temperature, "limit": limit}
+    launch(run, revision, flags, config=config, to=to, device=device, as_json=as_json)
+
+
+@app.command()
 def check(
     run: Annotated[Path | None, typer.Argument(help="A run's folder; the latest run here if left out.")] = None,
 ) -> None:

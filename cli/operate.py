@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hivegrpo.cli.coordinator_home import ROLE
+from hivegrpo.cli.output import describe_accuracy
 from hivegrpo.coordinator.control import ANSWER_SECONDS, MAX_ANSWER, SOCKET_FILE, short_path
 from hivegrpo.protocol.errors import BusyError, ConfigError, HiveError, MismatchError, UnreachableError
 from hivegrpo.protocol.homes import state_folder
@@ -78,6 +79,11 @@ def _status(answer: Answer) -> list[str]:
     lines = [
         f"run {answer['run_id'][:16]} ({answer['name']}): {phase}, version {answer['version']} of {answer['versions']}"
     ]
+    metrics = answer["metrics"]
+    figures = [f"reward {metrics['reward']:.3f}"] if "reward" in metrics else []
+    figures += [f"{describe_accuracy(metrics)} (version {answer['version'] - 1})"] if "eval/accuracy" in metrics else []
+    if figures:
+        lines.append(", ".join(figures))
     if answer["trouble"]:
         lines.append(f"trouble: {answer['trouble']}")
     for peer in answer["peers"]:

@@ -5,10 +5,15 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import structlog
+
+from hivegrpo.peer.evaluation.intervals import Estimate, wilson
+
+MAX_PROBLEMS = 1e9
+"""That a peer may claim to have measured on, before nothing is made of it."""
 
 Record = dict[str, Any]
 Show = Callable[[Record], None]
@@ -64,7 +69,24 @@ def describe_version(record: Record) -> str:
     if "reward" in metrics:
         parts.append(f"reward {metrics['reward']:.3f}")
     if "eval/accuracy" in metrics:
-        parts.append(f"accuracy {metrics['eval/accuracy']:.3f} (version {record['version'] - 1})")
+        parts.append(f"{describe_accuracy(metrics)} (version {record['version'] - 1})")
     if "num_tokens" in metrics:
         parts.append(f"{metrics['num_tokens']:.0f} tokens")
     return "  ".join([*parts, f"root {record['state_root'][:16]}"])
+
+
+def describe_accuracy(metrics: Mapping[str, float]) -> str:
+    """The held-out accuracy that a version's metrics have, with its interval if they say of how many problems."""
+    interval = accuracy_interval(metrics)
+    share = f"accuracy {metrics['eval/accuracy']:.3f}"
+    return share if interval is None else f"{share} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def accuracy_interval(metrics: Mapping[str, float]) -> Estimate | None:
+    """Wilson's interval of it. None if the number of problems is missing, or the two do not go together: a peer
+    reported them."""
+    problems = metrics.get("eval/problems", 0.0)
+    solved = metrics["eval/accuracy"] * problems
+    if not 1.0 <= problems <= MAX_PROBLEMS or not 0.0 <= solved <= problems:
+        return None
+    return wilson(round(solved), round(problems))

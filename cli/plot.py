@@ -15,10 +15,18 @@ def plot_rewards(progress: Progress, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
-    for metric, label, style in (("reward", "reward (sampled)", "-"), ("eval/accuracy", "held-out accuracy", "o--")):
-        curve = progress.curve(metric)
-        if curve:
-            axes.plot(*zip(*curve, strict=True), style, label=label, markersize=4)
+    rewards, accuracies = progress.curve("reward"), progress.curve("eval/accuracy")
+    if rewards:
+        axes.plot(*zip(*rewards, strict=True), "-", label="reward (sampled)")
+    if accuracies:
+        axes.errorbar(
+            *zip(*accuracies, strict=True),
+            yerr=list(zip(*progress.accuracy_errors(), strict=True)),
+            fmt="o--",
+            label="held-out accuracy",
+            markersize=4,
+            capsize=2,
+        )
     axes.set_xlabel("policy version that was sampled")
     axes.set_ylim(0.0, 1.02)
     axes.grid(alpha=0.3)

@@ -4,7 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 
-from hivegrpo.cli.output import Record
+from hivegrpo.cli.output import Record, accuracy_interval
 
 SPEED_VERSIONS = 5
 """Versions over which the speed is measured."""
@@ -52,6 +52,14 @@ class Progress:
             for record in self.versions
             if metric in record["metrics"]
         ]
+
+    def accuracy_errors(self) -> list[tuple[float, float]]:
+        """How far the interval of each measured accuracy reaches below it and above; 0 where it is not known."""
+        errors: list[tuple[float, float]] = []
+        for metrics in (record["metrics"] for record in self.versions if "eval/accuracy" in record["metrics"]):
+            found = accuracy_interval(metrics)
+            errors.append((0.0, 0.0) if found is None else (found.value - found.low, found.high - found.value))
+        return errors
 
     @property
     def tokens_per_second(self) -> float:

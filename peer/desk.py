@@ -111,7 +111,7 @@ class LeaseDesk:
         metrics = contribution.metrics
         try:
             if lease.evaluate:
-                metrics["eval/accuracy"] = self._learner.evaluate(cancelled).accuracy
+                metrics.update(self._learner.evaluate(cancelled).metrics)
             if lease.iteration:
                 learned = self._learner.contribute_again(lease.id, lease.iteration, cancelled)
             else:

@@ -141,6 +141,10 @@ class DatasetSection(Rows):
 
 
 class EvaluationSection(Rows):
+    prompt_column: str | None = None
+    """Column that holds the prompt, if it is another than in [dataset]."""
+    answer_column: str | None = None
+    """Column that holds the answer, if it is another than in [dataset]."""
     every: int = Field(default=10, ge=1)
     """Measure greedy accuracy at every so many versions (and at the first and the last)."""
     limit: int = Field(default=500, ge=1)

@@ -56,6 +56,8 @@ def _unknown(model: type[BaseModel], location: Sequence[str | int]) -> str:
 def _names(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
     """Field names of the (possibly optional) section that `location` leads to."""
     for part in location:
+        if isinstance(part, int):
+            continue  # a table among several
         annotation = model.model_fields[str(part)].annotation
         options = [annotation, *getattr(annotation, "__args__", ())]
         model = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))

@@ -208,7 +208,7 @@ def test_the_newest_version_is_evaluated_every_so_often(base: Path) -> None:
     made = steps(solo, 6)
     assert ["eval/accuracy" in step.metrics for step in made] == [True, False, False] * 2
     assert 0.0 <= made[3].metrics["eval/accuracy"] <= 1.0
-    assert solo.evaluate().keys() == {"eval/accuracy"}
+    assert solo.evaluate().keys() == {"eval/accuracy", "eval/problems"}
 
 
 def test_a_step_is_given_up_on_request_and_leaves_nothing(base: Path) -> None:

@@ -86,10 +86,13 @@ def load(run: str | None, revision: str, device: str = "auto", quantize: Quantiz
     return Trained(found, version, policy, load_tokenizer(folder), folder, quantize or config.model.quantize)
 
 
-def find_run(run: str | None, revision: Revision | None) -> LocalRun:
-    """The run that RUN names, with what `revision` needs as far as it can be had; None needs the chain alone."""
+def find_run(run: str | None, revision: Revision | None, *, rows: bool = False) -> LocalRun:
+    """The run that RUN names, with what `revision` needs as far as it can be had; None needs the chain alone.
+
+    rows: as of `mirror_run`.
+    """
     if run is not None and is_address(run):
-        return open_run(asyncio.run(mirror_run(run, revision, _connect)))
+        return open_run(asyncio.run(mirror_run(run, revision, _connect, rows=rows)))
     return open_run(Path(run).expanduser() if run is not None else None)
 
 

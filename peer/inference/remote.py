@@ -28,10 +28,13 @@ KEPT_SECONDS = 3600.0
 """How long the cache keeps what the last command did not need: another one may be reading it."""
 
 
-async def mirror_run(address: str, revision: Revision | None, connect: Callable[[], Awaitable[Transport]]) -> Path:
+async def mirror_run(
+    address: str, revision: Revision | None, connect: Callable[[], Awaitable[Transport]], *, rows: bool = False
+) -> Path:
     """Fetch what `revision` needs from the run at `address`, as far as it is to be had; the run's folder here.
 
-    None needs nothing but the chain.
+    None needs nothing but the chain. rows: whether to fetch the rows that travel with the run, too: those it trains on,
+    and is measured on.
     UnreachableError if nobody answers or the answer breaks off, ChainError if what comes does not verify, BusyError if
     another process fetches this run.
     """
@@ -49,6 +52,8 @@ async def mirror_run(address: str, revision: Revision | None, connect: Callable[
                 store = BlobStore(cache / BLOBS)
                 fetcher = _Fetcher(transport, open_run(folder), store)
                 await fetcher.fetch(revision)
+                if rows:
+                    await fetcher.fetch_rows()
                 store.sweep(fetcher.used, KEPT_SECONDS)
     except WireError as error:
         raise UnreachableError(
@@ -80,6 +85,13 @@ class _Fetcher:
             await self._get(ref_of(file.blob))
         if revision != "base":
             await self._fetch_state(self._run.chain.height if revision == "latest" else revision)
+
+    async def fetch_rows(self) -> None:
+        """The rows that travel with the run, as far as they are to be had; after `fetch`."""
+        manifest = self._run.chain.manifest.message
+        for file in (manifest.dataset, manifest.evaluation):
+            if file.name:
+                await self._try([file.blob])
 
     async def _fetch_state(self, version: int) -> None:
         """Walk back from a version to one whose state is to be had.

@@ -9,7 +9,7 @@ from typing import Self
 from hivegrpo.peer.learn.messages import FORMS, prompt_complaint
 from hivegrpo.peer.learn.sources import MAX_BYTES, Row, read_lines, read_source, title_of
 from hivegrpo.peer.rewards.base import BATCH
-from hivegrpo.protocol.config import DatasetSection, Rows
+from hivegrpo.protocol.config import DatasetSection, EvaluationSection, Rows
 from hivegrpo.protocol.errors import ConfigError
 
 PROMPT = "prompt"
@@ -66,6 +66,9 @@ def canonical_rows(dataset: DatasetSection, held_out: Rows | None = None) -> byt
     """
     source = held_out or dataset
     title = title_of(source)
+    if isinstance(held_out, EvaluationSection):
+        own = {"prompt_column": held_out.prompt_column, "answer_column": held_out.answer_column}
+        dataset = dataset.model_copy(update={name: column for name, column in own.items() if column is not None})
     needed = frozenset((*_renamed(dataset).values(), *(dataset.columns or ())))
     only = needed if dataset.columns is not None else None
     lines: list[bytes] = []

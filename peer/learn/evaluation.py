@@ -25,6 +25,11 @@ class Evaluation:
     def accuracy(self) -> float:
         return self.solved / self.problems
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """As they go into a version's manifest: the share, and of how many, without which it has no interval."""
+        return {"eval/accuracy": self.accuracy, "eval/problems": float(self.problems)}
+
 
 def evaluate(
     policy: Policy,

@@ -15,6 +15,9 @@ from torch import Tensor
 from hivegrpo.peer.learn.cancel import check
 from hivegrpo.protocol.errors import NumericsError
 
+Noise = torch.Generator | Sequence[torch.Generator]
+"""On the model's device: one for the batch, so that what a row draws depends on the others, or one for each row."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -48,13 +51,13 @@ def sample(
     copies: int,
     sampling: Sampling,
     end_ids: frozenset[int],
-    generator: torch.Generator,
+    generator: Noise,
     cancelled: threading.Event | None = None,
 ) -> list[Completion]:
     """`copies` completions of each prompt, side by side in one batch; those of prompt i are i * copies and on.
 
-    model: a causal language model of transformers; generator: on the model's device. Raises Cancelled between tokens,
-    and NumericsError if a token was drawn, greedily too, from logits that are not finite.
+    model: a causal language model of transformers. Raises Cancelled between tokens, and NumericsError if a token was
+    drawn, greedily too, from logits that are not finite.
     """
     from hivegrpo.peer.learn.cache import make_cache  # here: it imports transformers
 
@@ -90,6 +93,8 @@ def sample(
         if len(going) < len(alive):
             cache.batch_select_indices(going)
             alive, taken, mask, position = alive[going], taken[going], mask[going], position[going]
+            if not isinstance(generator, torch.Generator):
+                generator = [generator[row] for row in going.tolist()]
         if padded:
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
         position = position + 1
@@ -143,20 +148,26 @@ def sample_within(
     copies: int,
     sampling: Sampling,
     end_ids: frozenset[int],
-    generator: torch.Generator,
+    generator: Noise,
     cancelled: threading.Event | None = None,
 ) -> list[Completion]:
-    """As `sample`, in as many batches as it takes to hold at most `budget` tokens (or one prompt's group) at a time."""
+    """As `sample`, in as many batches as it takes to hold at most `budget` tokens (or one prompt's group) at a time.
+
+    With a generator for each row, what is drawn depends on neither budget nor other rows (but for rounding: a kernel
+    may add up in another order for another batch).
+    """
     longest = max(map(len, prompts)) + sampling.max_completion_length
     step = max(1, budget // (copies * longest))
     completions: list[Completion] = []
     for start in range(0, len(prompts), step):
         part = prompts[start : start + step]
-        completions += sample(model, part, copies, sampling, end_ids, generator, cancelled)
+        rows = slice(start * copies, (start + step) * copies)
+        own = generator if isinstance(generator, torch.Generator) else generator[rows]
+        completions += sample(model, part, copies, sampling, end_ids, own, cancelled)
     return completions
 
 
-def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def draw(logits: Tensor, sampling: Sampling, generator: Noise) -> tuple[Tensor, Tensor, Tensor]:
     """One token a row, its log-probability, and the distribution's entropy: (B, V) -> (B,), (B,), (B,).
 
     The log-probability is that of softmax(logits / temperature) even where top_p or top_k narrow the choice: the same
@@ -170,10 +181,19 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tupl
         narrowed = narrow(probabilities, sampling.top_p, sampling.top_k)
         # As torch.multinomial draws one, without its checks, which wait for the device and end the process on a NaN.
         # From NaNs it draws some token, whose log-probability is NaN: `sample` looks at that.
-        races = torch.empty_like(narrowed).exponential_(generator=generator)
-        taken = (narrowed / races).argmax(dim=-1, keepdim=True)
+        taken = (narrowed / _races(narrowed, generator)).argmax(dim=-1, keepdim=True)
     entropies = torch.special.entr(probabilities).sum(dim=-1)
     return taken.squeeze(1), logps.gather(1, taken).squeeze(1), entropies
+
+
+def _races(like: Tensor, generator: Noise) -> Tensor:
+    """Exponential noise, (B, V) as `like`."""
+    races = torch.empty_like(like)
+    if isinstance(generator, torch.Generator):
+        return races.exponential_(generator=generator)
+    for row, own in zip(races, generator, strict=True):
+        row.exponential_(generator=own)
+    return races
 
 
 def narrow(probabilities: Tensor, top_p: float, top_k: int) -> Tensor:

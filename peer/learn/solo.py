@@ -33,7 +33,8 @@ class SoloStep:
     version: int
     """The newest version; the same as before if nothing was learnt."""
     metrics: dict[str, float]
-    """Under TRL's names, with seconds/rollout, /gradient and /step, learning_rate, and at times eval/accuracy.
+    """Under TRL's names, with seconds/rollout, /gradient and /step, learning_rate, and at times eval/accuracy and
+    eval/problems.
 
     A version's num_device_seconds are all since the one before.
 
@@ -99,8 +100,7 @@ class Solo:
     def evaluate(self, cancelled: threading.Event | None = None) -> dict[str, float]:
         """The newest version's accuracy on the held-out rows, as a metric; nothing if the run has none."""
         if self.config.evaluation is not None and not self._evaluation:
-            result = self.learner.evaluate(cancelled or threading.Event())
-            self._evaluation = {"eval/accuracy": result.accuracy}
+            self._evaluation = self.learner.evaluate(cancelled or threading.Event()).metrics
         return self._evaluation
 
     def save(self, path: Path) -> None:

@@ -63,6 +63,11 @@ class Reward:
     """Whether an isolated function is given the whole batch first, and single completions only if that fails."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of every call."""
+    answer_of: Callable[[str], str | None] = str.strip
+    """The answer in a completion's text, where completions vote: equal strings are the same one; empty or None is none.
+
+    It runs in the caller's thread, in linear time.
+    """
 
     def require_columns(self, columns: Collection[str]) -> None:
         """ConfigError if the function needs a column that the dataset does not give."""

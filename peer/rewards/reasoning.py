@@ -71,7 +71,7 @@ def reasoning_gym_reward(task: str) -> Reward:
         rows = zip(completions, answer, metadata, strict=True)
         return [_score(task, text_of(completion), gold, facts) for completion, gold, facts in rows]
 
-    return Reward(f"reasoning_gym:{task}", _version_number(), score, isolated=True)
+    return Reward(f"reasoning_gym:{task}", _version_number(), score, isolated=True, answer_of=extract_answer)
 
 
 def load_reward(task: str) -> RewardFunction:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from hivegrpo.peer.rewards.answers import boxed_answer, number_answer
 from hivegrpo.peer.rewards.base import Completion, Reward, RewardFunction, is_argument, needs_column, scalar
 from hivegrpo.peer.rewards.exact import exact_match
 from hivegrpo.peer.rewards.formats import format_tags
@@ -44,9 +45,9 @@ def math_verify(*, completions: list[Completion], answer: list[Any], **_: Any) -
 BUILT_IN = {
     "exact_match": Reward("exact_match", 1, exact_match),
     "format_tags": Reward("format_tags", 1, format_tags),
-    "gsm8k_answer": Reward("gsm8k_answer", 2, gsm8k_answer),
+    "gsm8k_answer": Reward("gsm8k_answer", 2, gsm8k_answer, answer_of=number_answer),
     "length_penalty": Reward("length_penalty", 1, length_penalty),
-    "math_verify": Reward("math_verify", 1, math_verify, isolated=True),
+    "math_verify": Reward("math_verify", 1, math_verify, isolated=True, answer_of=boxed_answer),
     "repetition_penalty": Reward("repetition_penalty", 1, repetition_penalty),
     "soft_overlong_punishment": Reward("soft_overlong_punishment", 1, soft_overlong_punishment),
 }

@@ -13,7 +13,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from hivegrpo.peer.learn.digests import model_digests
+from hivegrpo.peer.learn.digests import model_digests, rows_digest
 from hivegrpo.peer.learn.genesis import version_zero
 from hivegrpo.peer.learn.policy import describe_layout
 from hivegrpo.peer.learn.step import PolicyState, adamw_step, state_bytes
@@ -92,14 +92,21 @@ def write_base(folder: Path, layers: int = 2, spread: float = 0.3) -> None:
 
 
 def write_run(
-    folder: Path, base: Path, metrics: Mapping[int, Mapping[str, float]] | None = None, **sections: dict[str, Any]
+    folder: Path,
+    base: Path,
+    metrics: Mapping[int, Mapping[str, float]] | None = None,
+    held_out: bytes = b"",
+    **sections: dict[str, Any],
 ) -> MadeRun:
     """Three steps with random gradients, each reduced by two peers, signed as a coordinator would.
 
-    metrics: of the versions, by number. sections: as of `small_config`.
+    metrics: of the versions, by number. held_out: canonical rows of its [evaluation], if it has any. sections: as of
+    `small_config`.
     """
     coordinator, *peers = sorted((Identity.generate() for _ in range(3)), key=lambda identity: identity.peer_id)
     tables = {"lora": {"r": 8}, "averaging": {"codec": CODEC}, "grpo": {"max_completion_length": 8}}
+    if held_out:
+        tables["evaluation"] = {"path": "held_out.jsonl", "limit": 3}
     config = small_config(**(tables | sections))
     home = folder / "peer"
     store = BlobStore(home / "blobs")
@@ -115,6 +122,9 @@ def write_run(
         rows=1,
         layout=[pb.Tensor(name=name, shape=shape) for name, shape in layout],
     )
+    if held_out:
+        manifest.evaluation.MergeFrom(pb.File(name="held_out.jsonl", blob=as_blob(store.add_bytes(held_out))))
+        manifest.digests["evaluation"] = rows_digest(held_out)
     payload = manifest.SerializeToString(deterministic=True)
     run_id = run_id_of(payload)
     signed = sign_payload(coordinator, run_id, "RunManifest", payload)
