@@ -40,10 +40,12 @@ class Refusal(WireError):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Retry-After where trying again helps, and what HTTP wants beside 401."""
+        """Retry-After where trying again helps, what HTTP wants beside 401, and no more of a body that is not read."""
         if self.status in (429, 503):
             return {"Retry-After": str(RETRY_SECONDS)}
-        return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        if self.status in (401, 408, 413, 415):
+            return {"Connection": "close"} | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+        return {}
 
 
 def invalid(message: str, hint: str = "", *, param: str | None = None, code: str | None = None) -> Refusal:

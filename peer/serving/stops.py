@@ -1,4 +1,4 @@
-"""Stop strings: the text before the first of them, however it is cut into pieces."""
+"""Stop strings: the text before the one that is complete first, however the text is cut into pieces."""
 
 from collections.abc import Sequence
 
@@ -14,9 +14,10 @@ class StopCutter:
     def feed(self, text: str) -> tuple[str, bool]:
         """What may be passed on, and whether a stop string has been reached: nothing is fed after that."""
         self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            return self._held[: min(found)], True
+            _, start = min(found)
+            return self._held[:start], True
         safe = len(self._held) - self._doubtful()
         passed, self._held = self._held[:safe], self._held[safe:]
         return passed, False
