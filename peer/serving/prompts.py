@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
+from hivegrpo.peer.learn.cancel import Cancelled
 from hivegrpo.peer.learn.encoding import load_tokenizer
 from hivegrpo.peer.learn.messages import MAX_CHARACTERS, Message
 from hivegrpo.peer.learn.templates import TemplateRenderer
-from hivegrpo.peer.serving.refusals import Refusal, invalid
+from hivegrpo.peer.serving.refusals import Refusal, invalid, unavailable
 from hivegrpo.protocol.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class PromptReader:
         self._tokenizer = tokenizer
         self.context = context
         self._renderer = TemplateRenderer(tokenizer) if tokenizer.chat_template is not None else None
+        self._closed = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompts")
 
     @classmethod
@@ -86,13 +88,20 @@ class PromptReader:
         return await self.read("Hello")
 
     def close(self) -> None:
-        """End the template's process."""
+        """End the template's process; what is read just now or later is refused."""
+        self._closed = True
         if self._renderer is not None:
             self._renderer.close()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _on_thread(self, function: Callable[..., T], *arguments: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+        ended = unavailable("The engine was ended before it read the prompt.")
+        if self._closed:
+            raise ended
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+        except Cancelled:
+            raise ended from None
 
     def _text(self, text: str) -> Encoded:
         return Encoded(text, self._ids(text, True))

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ CONTEXT = 96
 NAME = "tiny"
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}="
 SECONDS = 30.0
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""Without it every client loads a bundle of certificates, which takes longer than most tests here."""
 
 
 def write_folder(folder: Path, template: str | None = TEMPLATE) -> Path:
@@ -156,7 +159,7 @@ class Bed:
     engine: Engine
 
     async def post(self, path: str, **options: Any) -> httpx2.Response:
-        async with httpx2.AsyncClient(base_url=self.url, timeout=SECONDS) as client:
+        async with httpx2.AsyncClient(base_url=self.url, timeout=SECONDS, verify=NO_TLS) as client:
             return await client.post(path, **options)
 
 
@@ -207,7 +210,10 @@ async def serving(
 @asynccontextmanager
 async def client_of(url: str, key: str = "none") -> AsyncIterator[openai.AsyncOpenAI]:
     """OpenAI's own."""
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=SECONDS) as client:
+    async with (
+        httpx2.AsyncClient(timeout=SECONDS, verify=NO_TLS, limits=httpx2.Limits(max_connections=None)) as http,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, http_client=http) as client,
+    ):
         yield client
 
 
