@@ -110,9 +110,8 @@ def test_answers_are_those_of_the_policy(runner: asyncio.Runner, served: Served,
 def test_streams_and_stop_strings(runner: asyncio.Runner, served: Served) -> None:
     async def ask() -> None:
         whole, _ = await served.answer()
-        stream = await served.client.chat.completions.create(
-            **CHAT, stream=True, stream_options={"include_usage": True}
-        )
+        usage = {"stream": True, "stream_options": {"include_usage": True}}
+        stream = await served.client.chat.completions.create(**CHAT, **usage)
         chunks = [chunk async for chunk in stream]
         assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices).startswith(whole)
         assert chunks[-1].usage.completion_tokens > 0
@@ -143,14 +142,12 @@ def test_what_is_wrong_is_said_and_does_no_harm(runner: asyncio.Runner, served: 
         with pytest.raises(openai.NotFoundError) as missing:
             await served.client.completions.create(**(ASK | {"model": "gpt-4"}))
         assert missing.value.code == "model_not_found"
-        with pytest.raises(openai.BadRequestError) as long:
-            await served.client.chat.completions.create(
-                **(CHAT | {"messages": [{"role": "user", "content": "1" * CONTEXT}]})
-            )
-        assert long.value.code == "context_length_exceeded"
-        assert (
-            await served.client.completions.create(**(ASK | {"prompt": "1" * (CONTEXT - 1)}))
-        ).usage.completion_tokens == 1
+        long = {"messages": [{"role": "user", "content": "1" * CONTEXT}]}
+        with pytest.raises(openai.BadRequestError) as refused:
+            await served.client.chat.completions.create(**(CHAT | long))
+        assert refused.value.code == "context_length_exceeded"
+        longest = await served.client.completions.create(**(ASK | {"prompt": "1" * (CONTEXT - 1)}))
+        assert longest.usage.completion_tokens == 1
         await served.answer()
 
     runner.run(ask())
@@ -180,6 +177,7 @@ def test_a_newer_version_is_switched_to_under_load_without_losing_a_request(
         async def load() -> None:
             while not over.is_set():
                 answers.append(await served.answer())
+                await asyncio.sleep(0.02)  # so that the new engine gets some of the processor
 
         loads = [asyncio.create_task(load()) for _ in range(8)]
         await within(lambda: len(answers) > 8)
@@ -205,7 +203,8 @@ def test_an_engine_that_is_killed_is_started_again(runner: asyncio.Runner, serve
         with pytest.raises(openai.InternalServerError) as missed:
             await served.answer()
         assert missed.value.response.headers["retry-after"]
-        await within(lambda: [record["kind"] for record in served.process.records][-1] == "serving")
+        records = served.process.records
+        await served.process.wait_for(lambda record: record["kind"] == "lost" and records[-1]["kind"] == "serving")
         assert await served.answer() == before
 
     runner.run(kill())
