@@ -260,6 +260,33 @@ def evaluate(
 
 
 @app.command()
+def serve(
+    run: Annotated[
+        str | None, typer.Argument(help="A run's folder or address, or an exported folder; the latest run if left out.")
+    ] = None,
+    revision: Revision = "latest",
+    follow: Annotated[float | None, typer.Option(help="Look for a newer version every so many seconds.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 if left out.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 8000 if left out, 0 takes a free one.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="What clients have to send; better in HIVEGRPO_SERVE_API_KEY.")
+    ] = None,
+    name: Annotated[list[str] | None, typer.Option(help="What clients call the model; the run's name if not.")] = None,
+    engine: Annotated[str | None, typer.Option(help="transformers (default), or vllm where it is installed.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    queue: Annotated[int | None, typer.Option(help="Requests in work or waiting; 128 if left out.")] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Answer programs that speak OpenAI's API. The first Ctrl-C lets requests finish, the second does not."""
+    from hivegrpo.cli.launch_serve import launch
+
+    flags: dict[str, object] = {"follow": follow, "host": host, "port": port, "api_key": api_key, "engine": engine}
+    flags |= {"device": device, "queue": queue, "names": name or None}
+    launch(run, flags, revision=revision, as_json=as_json, verbose=verbose)
+
+
+@app.command()
 def check(
     run: Annotated[Path | None, typer.Argument(help="A run's folder; the latest run here if left out.")] = None,
 ) -> None:

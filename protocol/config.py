@@ -438,22 +438,13 @@ class RunConfig(Section):
         return self.model_copy(update=sections)
 
 
-class DaemonConfig(BaseSettings, ABC):
-    """Settings of one daemon on one machine: flag, then environment, then TOML, then default."""
+class RoleConfig(BaseSettings, ABC):
+    """Settings of one process on one machine: flag, then environment, then TOML, then default."""
 
     model_config = SettingsConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     role: ClassVar[str]
     """Names the TOML file in the configuration folder."""
-
-    home: Path | None = None
-    """This daemon's own folder; runs/<run id>/<role> under the state folder if left out."""
-    host: str = "0.0.0.0"  # noqa: S104 - peers come from anywhere
-    """Address to listen on."""
-    port: int = Field(default=0, ge=0, le=65_535)
-    """Port to listen on; 0 takes a free one, and keeps it in the home folder."""
-    dht: bool = True
-    """Whether to find others through the DHT."""
 
     @classmethod
     def load(cls, **flags: Any) -> Self:
@@ -465,7 +456,7 @@ class DaemonConfig(BaseSettings, ABC):
 
     @classmethod
     def toml_path(cls) -> Path:
-        """Where the daemon's TOML file is, if there is one."""
+        """Where the TOML file is, if there is one."""
         return user_config_path("hivegrpo") / f"{cls.role}.toml"
 
     @classmethod
@@ -483,6 +474,19 @@ class DaemonConfig(BaseSettings, ABC):
             return init_settings, env_settings
         read_toml(path)  # says in our words what is wrong with it
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, path)
+
+
+class DaemonConfig(RoleConfig, ABC):
+    """What coordinators and peers have in common."""
+
+    home: Path | None = None
+    """This daemon's own folder; runs/<run id>/<role> under the state folder if left out."""
+    host: str = "0.0.0.0"  # noqa: S104 - peers come from anywhere
+    """Address to listen on."""
+    port: int = Field(default=0, ge=0, le=65_535)
+    """Port to listen on; 0 takes a free one, and keeps it in the home folder."""
+    dht: bool = True
+    """Whether to find others through the DHT."""
 
 
 class PeerConfig(DaemonConfig):
