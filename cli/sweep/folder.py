@@ -17,7 +17,7 @@ from typing import Any, Literal, Self, get_args
 from hivegrpo.cli.sweep.plan import Budget, Plan, Trial, Unit
 from hivegrpo.protocol.config import RunConfig
 from hivegrpo.protocol.errors import BusyError, ConfigError
-from hivegrpo.protocol.files import remove_temporaries, write_whole
+from hivegrpo.protocol.files import write_whole
 from hivegrpo.protocol.homes import locked_home
 
 SWEEP_FILE = "sweep.json"
@@ -79,7 +79,6 @@ def open_sweep(folder: Path, plan: Plan) -> Iterator[None]:
     try:
         with locked_home(folder):
             _require_same(folder, plan)
-            remove_temporaries(folder)
             write_whole(folder / SWEEP_FILE, _json(plan.identity))
             for trial in plan.trials:
                 _write_trial(run_folder(folder, trial), trial, plan)

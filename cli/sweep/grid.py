@@ -38,7 +38,10 @@ class Axis:
             raise ConfigError(f"{key} has no values to try.", f"Name some: --grid {key}=A,B.")
         if key.endswith(PATH):
             values = [str((folder / Path(str(value)).expanduser()).resolve()) for value in values]
-        return cls(key, tuple({_identity(value): value for value in reversed(values)}.values())[::-1])
+        once: dict[Any, Any] = {}
+        for value in values:
+            once.setdefault(_identity(value), value)
+        return cls(key, tuple(once.values()))
 
     @classmethod
     def parse(cls, text: str) -> "Axis":

@@ -180,7 +180,13 @@ class Plan:
         where = f"over {self.peers} peers each" if self.peers else "on this machine alone"
         merged = f" ({self.merged} more have the config of another, and are left out)" if self.merged else ""
         total = Budget(self.budget.unit, runs * self.budget.amount)
-        return f"{points} points{merged} x {seeds} seeds x {self.budget} = {total} in {runs} runs, {where}."
+        size = f"{counted(points, 'point')}{merged} x {counted(seeds, 'seed')} x {self.budget}"
+        return f"{size} = {total} in {counted(runs, 'run')}, {where}."
+
+
+def counted(number: int, noun: str) -> str:
+    """The number with its noun."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _validate(tables: dict[str, Any], settings: Settings, peers: int) -> RunConfig:

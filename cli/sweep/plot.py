@@ -45,7 +45,7 @@ def plot_report(plan: Plan, results: Sequence[Result], path: Path) -> None:
             place.set_xticks(range(len(found)), [text for text, _ in found])
             place.set(xlabel=key, ylabel=name)
             place.grid(alpha=0.3)
-    figure.suptitle(f"{plan.name}: {len(plan.points)} points, {len(plan.seeds)} seeds, {plan.budget}", fontsize=10)
+    figure.suptitle(f"{plan.name}: {plan}", fontsize=10)
     figure.tight_layout()
     image = io.BytesIO()
     figure.savefig(image, format="png")

@@ -5,7 +5,7 @@ from typing import Any
 
 from hivegrpo.cli.sweep.figures import FIGURES, Figures, Mean, Result, marginal_means, point_means
 from hivegrpo.cli.sweep.grid import describe, text_of
-from hivegrpo.cli.sweep.plan import FORMAT, Plan
+from hivegrpo.cli.sweep.plan import FORMAT, Plan, counted
 
 COLUMNS = {
     "reward": ("reward", ".3f"),
@@ -61,8 +61,7 @@ def table(plan: Plan, results: Sequence[Result]) -> list[str]:
         lines.append(f"± is the standard deviation over {len(plan.seeds)} seeds.")
     for key, values in marginal_means(plan, means).items():
         names = [name for name in MARGINAL_COLUMNS if name in present]
-        count = values[0][1].count
-        rows = [[f"{key}, each over {count} points", *(COLUMNS[name][0] for name in names)]]
+        rows = [[f"{key} (mean over {counted(values[0][1].count, 'point')})", *(COLUMNS[name][0] for name in names)]]
         rows += [[text_of(value), *_cells(Mean(mean.count, mean.figures, {}), names)] for value, mean in values]
         lines += ["", *_aligned(rows)]
     troubles = [_trouble(result) for result in results if result.outcome.state != "finished"]

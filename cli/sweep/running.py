@@ -12,6 +12,7 @@ from hivegrpo.cli.sweep.folder import SWARM, Outcome, Task
 from hivegrpo.cli.sweep.swarm import CONFIG_FILE, is_trained, train_swarm
 from hivegrpo.cli.sweep.toml import write_run_toml
 from hivegrpo.protocol.errors import BusyError, HiveError
+from hivegrpo.protocol.files import remove_temporaries
 from hivegrpo.protocol.homes import locked_home
 
 WORKER = "hivegrpo.cli.sweep.worker"
@@ -44,6 +45,7 @@ class Runner:
         """
         for home in (folder, *sorted((folder / SWARM).glob("*/"))):
             await _until_free(home)
+        remove_temporaries(folder)
         task, stopping = Task.read(folder), asyncio.create_task(self._stop.wait())
         try:
             if task.peers and not is_trained(folder, task):
