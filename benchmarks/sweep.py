@@ -19,7 +19,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -85,38 +86,40 @@ def sweep_twice(arguments: Sequence[str], folder: Path, ended: int, versions: in
         others = Counter(run for run, _ in versions_of(halves.first) if run not in done)
         return len(done) >= ended and max(others.values(), default=0) >= versions
 
-    process, timer = start(command)
-    assert process.stdout is not None
-    for line in process.stdout:
-        halves.first.append(json.loads(line))
-        if enough():
-            break
-    children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    process.kill()
-    halves.first += [json.loads(line) for line in process.stdout if line.endswith("\n")]
-    process.wait()
-    timer.cancel()
+    with started(command) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            halves.first.append(json.loads(line))
+            if enough():
+                break
+        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.kill()
+        halves.first += [json.loads(line) for line in process.stdout if line.endswith("\n")]
     _, alive = psutil.wait_procs(children, ORPHAN_SECONDS)
     if alive:
         raise RuntimeError(f"the killed sweep left {alive} behind")
     halves.made = {path.parent.name: len(read_versions(path)) for path in folder.glob("runs/*/metrics.jsonl")}
     halves.ended = file_digests(folder, ended_runs(folder))
-    process, timer = start(command)
-    assert process.stdout is not None
-    halves.second = [json.loads(line) for line in process.stdout]
-    timer.cancel()
-    if process.wait() != 0:
-        raise RuntimeError(f"the second start ended with {process.returncode}")
+    with started(command) as process:
+        assert process.stdout is not None
+        halves.second = [json.loads(line) for line in process.stdout]
+        if process.wait() != 0:
+            raise RuntimeError(f"the second start ended with {process.returncode}")
     return halves
 
 
-def start(command: Sequence[str]) -> tuple["subprocess.Popen[str]", threading.Timer]:
-    """A process, and what kills it if it takes too long."""
+@contextmanager
+def started(command: Sequence[str]) -> Iterator["subprocess.Popen[str]"]:
+    """A process, which is killed if it takes too long, or still runs in the end."""
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     timer = threading.Timer(RUN_SECONDS, process.kill)
-    timer.daemon = True
     timer.start()
-    return process, timer
+    try:
+        yield process
+    finally:
+        timer.cancel()
+        process.kill()
+        process.communicate()
 
 
 def versions_of(records: Sequence[Record], run: str = "") -> list[Run]:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import math
 import signal
 import sys
 import threading
@@ -14,15 +13,18 @@ from typing import Any
 import pytest
 import torch
 import typer
-from support.processes import addition_config, machine
+from support.processes import ADDITION, addition_config, machine
+from support.programs import gone
 from support.trained_run import write_base
 
+from hivegrpo.cli.sweep import running
 from hivegrpo.cli.sweep.figures import Result, marginal_means, point_means
 from hivegrpo.cli.sweep.folder import Outcome, Task, open_sweep, run_folder
 from hivegrpo.cli.sweep.grid import Axis, span
 from hivegrpo.cli.sweep.launch import launch, read_plan
 from hivegrpo.cli.sweep.plan import Budget, Plan
 from hivegrpo.cli.sweep.report import make_report, table
+from hivegrpo.cli.sweep.running import Runner
 from hivegrpo.cli.sweep.tally import METRICS_FILE as TALLY_FILE
 from hivegrpo.cli.sweep.toml import write_run_toml
 from hivegrpo.cli.sweep.worker import Work
@@ -39,6 +41,7 @@ from hivegrpo.protocol.config import PeerConfig, RunConfig
 from hivegrpo.protocol.errors import BusyError, ConfigError
 from hivegrpo.protocol.files import write_whole
 from hivegrpo.protocol.history import read_history
+from hivegrpo.protocol.homes import locked_home
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FLAGS = {"versions": None, "seconds": None, "tokens": None, "seeds": None, "peers": None}
@@ -395,62 +398,164 @@ def test_values_are_compared_over_the_same_other_values(base: Path, tmp_path: Pa
 
 # The command.
 
+STAND_IN = """
+import json, sys
+from pathlib import Path
+folder = Path(sys.argv[1])
+if "nope" in folder.name and not (folder / "mended").exists():
+    print(json.dumps({"kind": "failed", "error": "There is no column nope."}), flush=True)
+    sys.exit(78)
+line = json.dumps({"kind": "version", "version": 1, "versions": 1, "state_root": "ab", "metrics": {"reward": 0.5}})
+(folder / "metrics.jsonl").write_text(line + chr(10))
+(folder / "outcome.json").write_text(json.dumps({"state": "finished"}))
+"""
 
-@pytest.mark.slow
+
+PATIENT = """
+import json, os, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+print(json.dumps({"kind": "started", "pid": os.getpid()}), flush=True)
+signal.sigwait([signal.SIGINT])
+print(json.dumps({"kind": "version"}), flush=True)
+"""
+
+
+def stand_in(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the process that trains."""
+    monkeypatch.setattr(running, "worker_command", lambda folder, threads: [sys.executable, "-c", code, str(folder)])
+
+
 def test_a_run_that_fails_is_told_and_the_others_go_on(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("hivegrpo.cli.signals.signal.signal", lambda number, handler: None)
     monkeypatch.setattr("hivegrpo.cli.output.structlog.configure", lambda **settings: None)
-    config = addition_config(tmp_path / "task", model={"path": str(base)}, grpo={"prompts_per_round": 2})
-    grid = ["dataset.prompt_column=nope,prompt", "model.trainable=full"]
-    flags = {**FLAGS, "versions": 1}
-    rows = []
-    for retry in (False, False, True):
-        with pytest.raises(typer.Exit) as ended:
-            launch(None, config, grid, flags, parallel=2, to=tmp_path / "sweep", retry_failed=retry, as_json=False)
-        assert ended.value.exit_code == 1
+    stand_in(STAND_IN, monkeypatch)
+    config, sweep = addition_config(tmp_path / "task"), tmp_path / "sweep"
+
+    def start(*, retry_failed: bool) -> tuple[int, list[str], str]:
+        """Exit code, first words on stderr of what happened, and the table."""
+        code, grid = 0, ["dataset.prompt_column=nope,prompt"]
+        try:
+            launch(None, config, grid, FLAGS, parallel=1, to=sweep, retry_failed=retry_failed, as_json=False)
+        except typer.Exit as ended:
+            code = ended.exit_code
         out, err = capsys.readouterr()
-        rows.append([line for line in err.splitlines() if line.startswith(("Failed", "Finished", "2 of 2"))])
-        assert "Failed at version 0: dataset.prompt_column=nope, model.trainable=full, seed 1: Row 1 of" in out
-        assert 'no column "nope"' in out
-    # The failed one is left alone until it is to be tried again.
-    assert sorted(line.split()[0] for line in rows[0]) == ["Failed,", "Finished"]
-    assert rows[1] == ["2 of 2 runs have ended before."]
-    assert [line.split()[0] for line in rows[2]] == ["Failed,"]
-    report = json.loads((tmp_path / "sweep" / "report.json").read_text())
+        return code, [line.split(":")[0] for line in err.splitlines()[2:-1] if "version" not in line], out
+
+    code, told, out = start(retry_failed=False)
+    assert (code, told) == (1, ["Failed, 1 of 2", "Finished 2 of 2"])
+    assert "Failed at version 0: dataset.prompt_column=nope, seed 1: There is no column nope." in out
+    report = json.loads((sweep / "report.json").read_text())
     assert [point["runs"][0]["state"] for point in report["points"]] == ["failed", "finished"]
-    assert (tmp_path / "sweep" / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert report["points"][0]["runs"][0]["error"] == "There is no column nope."
+    assert (sweep / "report.png").read_bytes().startswith(b"\x89PNG")
+    # It is left alone until it is to be tried again.
+    assert start(retry_failed=False) == (1, ["2 of 2 runs have ended before."], out)
+    [failed] = sweep.glob("runs/*nope*")
+    (failed / "mended").touch()
+    code, told, out = start(retry_failed=True)
+    assert (code, told) == (0, ["1 of 2 runs have ended before.", "Finished 2 of 2"])
+    assert "no column" not in out
+
+
+def test_a_run_that_is_asked_to_stop_is_not_a_failed_one(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets the one SIGINT that lets it finish its version, and is waited for."""
+    folder = trial_folder(tmp_path, plan_of(tiny(base), "grpo.beta=0"))
+    stand_in(PATIENT, monkeypatch)
+
+    async def scenario() -> list[dict[str, Any]]:
+        stop, told = asyncio.Event(), []
+
+        def take(record: dict[str, Any]) -> None:
+            told.append(record)
+            stop.set()
+
+        async with asyncio.timeout(60):
+            await Runner(1, stop).run(folder, take)
+        return told
+
+    started, version = asyncio.run(scenario())
+    assert version == {"kind": "version"}
+    assert gone([started["pid"]])
+    assert Outcome.read(folder).state == "unfinished"
+
+
+def test_a_run_waits_for_what_a_killed_sweep_has_left(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = trial_folder(tmp_path, plan_of(tiny(base), "grpo.beta=0"))
+    stand_in(STAND_IN, monkeypatch)
+
+    async def scenario() -> None:
+        async with asyncio.timeout(60):
+            with locked_home(folder):
+                run = asyncio.create_task(Runner(1, asyncio.Event()).run(folder, lambda record: None))
+                await asyncio.sleep(3 * running.POLL_SECONDS)
+                assert not (folder / "run.log").exists()
+            await run
+
+    asyncio.run(scenario())
+    assert Outcome.read(folder).state == "finished"
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_killed_goes_on_and_repeats_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four runs of the demo's task, killed in the second; its report then shows what beta and temperature do."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.setenv("HIVEGRPO_HOME", str(tmp_path / "state"))
-    from sweep import marginal, sweep_twice, versions_of
+def test_kl_falls_with_beta_and_reward_std_rises_with_temperature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The demo's task and starter, four points; `benchmarks/sweep.py` has six, and more versions."""
+    monkeypatch.setattr("hivegrpo.cli.sweep.worker.MEASUREMENTS", 1)
+    config = RunConfig.load(addition_config(tmp_path, model={"path": str(ADDITION / "starter"), "trainable": "full"}))
+    plan = plan_of(config, "grpo.beta=0,2", "grpo.temperature=0.5,1.5", versions=5)
+    with open_sweep(tmp_path / "sweep", plan):
+        for trial in plan.trials:
+            work(run_folder(tmp_path / "sweep", trial))
+    results = [Result.read(tmp_path / "sweep", trial) for trial in plan.trials]
+    means = marginal_means(plan, point_means(plan, results))
+    kl = [mean.figures["kl"] for _, mean in means["grpo.beta"]]
+    spread = [mean.figures["reward_std"] for _, mean in means["grpo.temperature"]]
+    assert kl[0] > 1.5 * kl[1] > 0
+    assert spread[1] > spread[0] + 0.05
 
-    config = addition_config(tmp_path / "task", grpo={"prompts_per_round": 16, "num_generations": 8})
-    arguments = ["--config", str(config), "--versions", "6"]
-    arguments += ["--grid", "grpo.beta=0.0,2.0", "--grid", "grpo.temperature=0.5,1.5"]
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_goes_on_and_repeats_nothing(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the second of two runs."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("HIVEGRPO_PEER_THREADS", "1")
+    from sweep import sweep_twice, versions_of
+
+    config = addition_config(
+        tmp_path / "task",
+        model={"path": str(base), "trainable": "full"},
+        rewards={"functions": ["repetition_penalty"]},
+        **{"rewards.options.repetition_penalty": {"ngram_size": 1}},
+    )
+    arguments = ["--config", str(config), "--versions", "40", "--grid", "grpo.beta=0.0,2.0"]
     halves = sweep_twice(arguments, tmp_path / "sweep", ended=1, versions=2)
     assert halves.repeated() == []
-    assert sum(halves.made.values()) >= 6 + 2
-    assert len(versions_of(halves.second)) <= 4 * 6 - 8
-    assert {name.split("/")[1] for name in halves.ended} < {path.name for path in (tmp_path / "sweep/runs").iterdir()}
+    assert sorted(halves.made.values())[1] == 40
+    assert 2 <= sorted(halves.made.values())[0] < 40
+    assert len(versions_of(halves.second)) == 80 - sum(halves.made.values())
     report = json.loads((tmp_path / "sweep" / "report.json").read_text())
     assert report == {name: value for name, value in halves.second[-1].items() if name != "kind"}
-    assert all(point["runs"][0]["state"] == "finished" for point in report["points"])
-    kl, spread = marginal(report, "grpo.beta", "kl"), marginal(report, "grpo.temperature", "reward_std")
-    assert kl[0.0] > kl[2.0] > 0
-    assert spread[0.5] < spread[1.5]
+    assert [run["state"] for point in report["points"] for run in point["runs"]] == ["finished", "finished"]
 
 
 @pytest.mark.slow
-def test_settings_of_the_exchange_are_swept_over_peers(tmp_path: Path) -> None:
+def test_settings_of_the_exchange_are_swept_over_peers(base: Path, tmp_path: Path) -> None:
     """Interrupted by Ctrl-C in its first run, it goes on with the same chain."""
-    config = addition_config(tmp_path / "task", grpo={"prompts_per_round": 2, "num_generations": 2})
-    command = ["sweep", "--config", str(config), "--grid", "averaging.codec=mxfp4", "--peers", "2", "--versions", "4"]
+    config = addition_config(
+        tmp_path / "task",
+        model={"path": str(base), "trainable": "full"},
+        rewards={"functions": ["repetition_penalty"]},
+        **{"rewards.options.repetition_penalty": {"ngram_size": 1}},
+    )
+    command = ["sweep", "--config", str(config), "--grid", "averaging.codec=mxfp4", "--peers", "2", "--versions", "12"]
     sweep = tmp_path / "sweep"
 
     async def scenario() -> list[dict[str, Any]]:
@@ -459,16 +564,16 @@ def test_settings_of_the_exchange_are_swept_over_peers(tmp_path: Path) -> None:
             await first.wait_for(lambda record: record["kind"] == "version")
             first.send(signal.SIGINT)
             assert await first.ended() == 0, first.tail()
+            assert first.records[-1]["points"][0]["runs"][0]["state"] == "unfinished"
             second = await host.hivegrpo(*command, "--to", str(sweep), "--json")
             assert await second.ended() == 0, second.tail()
-            return [record for record in first.records + second.records if record["kind"] in ("version", "report")]
+            return [*first.records[:-1], *second.records]
 
-    told = asyncio.run(scenario())
-    report = told.pop()
+    *told, report = asyncio.run(scenario())
+    versions = [record["version"] for record in told if record["kind"] == "version"]
+    assert versions == sorted(set(versions))
     [[run]] = [point["runs"] for point in report["points"]]
-    told = [record for record in told if record["kind"] == "version"]
-    assert [record["version"] for record in told] == [1, 2, 3, 4]
-    assert run["state_root"] == told[-1]["state_root"]
+    assert [version + 1 for version, _ in run["curves"]["reward"]] == list(range(1, 13))
+    assert run["state_root"] == [record["state_root"] for record in told if record["kind"] == "version"][-1]
     assert run["figures"]["exchanged_mb"] > 0
-    assert math.isfinite(run["figures"]["kl"])
-    assert [version for version, _ in run["curves"]["reward"]] == [0, 1, 2, 3]
+    assert run["figures"]["kl"] > 0

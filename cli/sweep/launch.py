@@ -18,8 +18,8 @@ from hivegrpo.cli.sweep.grid import Axis
 from hivegrpo.cli.sweep.plan import Budget, Plan, SweepFile, Trial, Unit
 from hivegrpo.cli.sweep.report import make_report, table
 from hivegrpo.cli.sweep.running import Runner
-from hivegrpo.cli.threads import usable_cores
-from hivegrpo.protocol.config import RunConfig
+from hivegrpo.cli.threads import count_peers, usable_cores
+from hivegrpo.protocol.config import PeerConfig, RunConfig
 from hivegrpo.protocol.errors import ConfigError, HiveError
 from hivegrpo.protocol.files import write_whole
 
@@ -103,7 +103,8 @@ class Sweep:
         stop = asyncio.Event()
         signals.bind(stop)
         show = json_lines(stop) if self._as_json else _show_line
-        self._runner = runner = Runner(max(1, usable_cores() // self._parallel), stop)
+        threads = PeerConfig.load().threads or max(1, usable_cores() // (count_peers() + self._parallel))
+        self._runner = runner = Runner(threads, stop)
         waiting = [trial for trial in self._plan.trials if not self._has_ended(trial, retry_failed)]
         self._ended = total = len(self._plan.trials)
         self._ended -= len(waiting)

@@ -1,6 +1,7 @@
 """Runs of a sweep as child processes, which end with it."""
 
 import asyncio
+import os
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -15,7 +16,6 @@ from hivegrpo.protocol.errors import BusyError, HiveError
 from hivegrpo.protocol.files import remove_temporaries
 from hivegrpo.protocol.homes import locked_home
 
-WORKER = "hivegrpo.cli.sweep.worker"
 VERSION_SECONDS = 3600.0
 """How long a run may take to finish its version once it is asked to stop."""
 ORPHAN_SECONDS = 90.0
@@ -71,13 +71,18 @@ class Runner:
             else:
                 take(record)
 
-        done = await children.start("run", [sys.executable, "-m", WORKER, str(folder), str(self._threads)], listen)
+        done = await children.start("run", worker_command(folder, self._threads), listen)
         await asyncio.wait({done, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not done.done():
             children.ask()
             await asyncio.wait({done}, timeout=VERSION_SECONDS)
-        if done.done() and done.exception() is not None:
-            raise HiveError(errors[-1]) if errors else HiveError(str(done.exception()))
+        if done.done():
+            try:
+                await done
+            except HiveError:
+                if errors:
+                    raise HiveError(errors[-1]) from None  # it has said itself what was wrong
+                raise
 
     @asynccontextmanager
     async def _children(self, logs: Path) -> AsyncIterator[Children]:
@@ -87,6 +92,11 @@ class Runner:
                 yield children
             finally:
                 self._alive.remove(children)
+
+
+def worker_command(folder: Path, threads: int) -> list[str]:
+    """Of the process that this one starts for a run."""
+    return [sys.executable, "-m", "hivegrpo.cli.sweep.worker", str(folder), str(threads), str(os.getpid())]
 
 
 async def _until_free(home: Path) -> None:

@@ -1,4 +1,4 @@
-"""One run of a sweep, in a process of its own: `python -m hivegrpo.cli.sweep.worker FOLDER THREADS`.
+"""One run of a sweep, in a process of its own: `python -m hivegrpo.cli.sweep.worker FOLDER THREADS PARENT`.
 
 It tells JSON lines on stdout, and goes on from what its folder has. SIGINT ends it after the version it is at; when the
 sweep that started it is gone, it gives that version up.
@@ -31,15 +31,18 @@ PARENT_SECONDS = 1.0
 """Between two looks at whether the sweep is still there."""
 
 
-def main(folder: Path, threads: int) -> None:
-    """Train the run in a folder, or measure it if a swarm has trained it; HiveErrors end in an exit code."""
+def main(folder: Path, threads: int, parent: int) -> None:
+    """Train the run in a folder, or measure it if a swarm has trained it; HiveErrors end in an exit code.
+
+    parent: process id of the sweep.
+    """
     signals = StopSignals("the run")
     configure_logging(verbose=False)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is imported: its pools take their size from here
     try:
         with locked_home(folder):
             work = Work(folder, Task.read(folder), PeerConfig.load(threads=threads))
-            asyncio.run(_run(work, signals, os.getppid()))
+            asyncio.run(_run(work, signals, parent))
     except HiveError as error:
         print(f"Error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
@@ -141,4 +144,4 @@ async def _end_with(parent: int, work: Work) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
