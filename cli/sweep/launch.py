@@ -63,8 +63,10 @@ def launch(
 
 
 def read_plan(file: Path | None, config: Path | None, grid: Sequence[str], flags: dict[str, Any]) -> Plan:
-    """What flags say, and below them a sweep.toml; the demo's task if none names a run.toml. ConfigError if it is
-    wrong."""
+    """What flags say, and below them a sweep.toml; the demo's task if neither names a run.toml.
+
+    ConfigError if something is wrong with it.
+    """
     told = SweepFile.load(file) if file is not None else None
     given = [Axis.parse(text) for text in grid]
     keys = {axis.key for axis in given}
@@ -90,6 +92,8 @@ class Sweep:
     def __init__(self, plan: Plan, folder: Path, parallel: int, as_json: bool) -> None:
         self._plan, self._folder = plan, folder
         self._parallel, self._as_json = parallel, as_json
+        self._stop = asyncio.Event()
+        self._show: Show = json_lines(self._stop) if as_json else _show_line
         self._runner: Runner | None = None
         self._ended = 0
 
@@ -100,38 +104,35 @@ class Sweep:
 
     async def run(self, signals: StopSignals, *, retry_failed: bool) -> None:
         """Bring every run to its end that is not there yet, `parallel` at a time, until a signal asks to stop."""
-        stop = asyncio.Event()
-        signals.bind(stop)
-        show = json_lines(stop) if self._as_json else _show_line
+        signals.bind(self._stop)
         threads = PeerConfig.load().threads or max(1, usable_cores() // (count_peers() + self._parallel))
-        self._runner = runner = Runner(threads, stop)
+        self._runner = runner = Runner(threads, self._stop)
         waiting = [trial for trial in self._plan.trials if not self._has_ended(trial, retry_failed)]
-        self._ended = total = len(self._plan.trials)
-        self._ended -= len(waiting)
-        show({"kind": "started", "runs": total, "ended": self._ended, "folder": str(self._folder)})
+        total = len(self._plan.trials)
+        self._ended = total - len(waiting)
+        self._show({"kind": "started", "runs": total, "ended": self._ended, "folder": str(self._folder)})
         if waiting:
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(self._parallel, len(waiting))):
-                    group.create_task(self._work(runner, waiting, stop, show))
+                    group.create_task(self._work(runner, waiting))
 
-    async def _work(self, runner: Runner, waiting: list[Trial], stop: asyncio.Event, show: Show) -> None:
-        while waiting and not stop.is_set():
-            trial = waiting.pop(0)
-            await self._run_one(runner, trial, show)
+    async def _work(self, runner: Runner, waiting: list[Trial]) -> None:
+        while waiting and not self._stop.is_set():
+            await self._run_one(runner, waiting.pop(0))
 
-    async def _run_one(self, runner: Runner, trial: Trial, show: Show) -> None:
+    async def _run_one(self, runner: Runner, trial: Trial) -> None:
         folder = run_folder(self._folder, trial)
         about = {"run": trial.title, "folder": folder.name}
-        show({"kind": "run", **about})
+        self._show({"kind": "run", **about})
         try:
-            await runner.run(folder, lambda record: show({**record, **about}))
+            await runner.run(folder, lambda record: self._show({**record, **about}))
         except HiveError as error:
             Outcome("failed", str(error)).write(folder)
         outcome = Outcome.read(folder)
         if outcome.state != "unfinished":
             self._ended += 1
             place = f"{self._ended} of {len(self._plan.trials)}"
-            show({"kind": outcome.state, "error": outcome.error, "place": place, **about})
+            self._show({"kind": outcome.state, "error": outcome.error, "place": place, **about})
 
     def _has_ended(self, trial: Trial, retry_failed: bool) -> bool:
         """Whether there is nothing to do; a failure that is to be tried again is forgotten."""
@@ -151,7 +152,7 @@ class Sweep:
         write_whole(self._folder / REPORT_FILE, (json.dumps(report, indent=1) + "\n").encode())
         plot_report(self._plan, results, self._folder / PLOT_FILE)
         if self._as_json:
-            print(json.dumps({"kind": "report", **report}, separators=(",", ":")), flush=True)
+            self._show({"kind": "report", **report})
         else:
             print("\n".join(table(self._plan, results)), flush=True)
         _tell(f"Report: {self._folder / REPORT_FILE} and {PLOT_FILE}")

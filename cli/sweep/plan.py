@@ -194,6 +194,9 @@ def _validate(tables: dict[str, Any], settings: Settings, peers: int) -> RunConf
         config = RunConfig.model_validate(with_settings(tables, settings))
     except ValidationError as error:
         raise explain(error, RunConfig, f"The point {describe(settings)}") from None
+    for section in (config.model, config.dataset, config.evaluation):
+        if section is not None and section.path is not None and not section.path.exists():
+            raise ConfigError(f"The point {describe(settings)}: there is no {section.path}.", "Correct the path.")
     if peers:
         try:
             config.require_swarm()

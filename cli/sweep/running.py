@@ -82,16 +82,18 @@ class Runner:
             except HiveError:
                 if errors:
                     raise HiveError(errors[-1]) from None  # it has said itself what was wrong
-                raise
+                if not self._stop.is_set():  # asked to stop, it may have been too young to do it gracefully
+                    raise
 
     @asynccontextmanager
     async def _children(self, logs: Path) -> AsyncIterator[Children]:
-        async with Children(logs) as children:
-            self._alive.append(children)
-            try:
+        children = Children(logs)
+        self._alive.append(children)
+        try:
+            async with children:
                 yield children
-            finally:
-                self._alive.remove(children)
+        finally:
+            self._alive.remove(children)
 
 
 def worker_command(folder: Path, threads: int) -> list[str]:

@@ -116,7 +116,7 @@ async def _run(work: Work, signals: StopSignals, parent: int) -> None:
     def show(record: Record) -> None:
         loop.call_soon_threadsafe(lines, record)
 
-    watching = [asyncio.create_task(_pass_on(stop, work.stopping)), asyncio.create_task(_end_with(parent, work))]
+    watching = [asyncio.create_task(_pass_on(stop, work.stopping)), asyncio.create_task(end_with(parent, work))]
     do = work.measure_swarm if work.task.peers else work.train
     try:
         with suppress(Cancelled):
@@ -135,7 +135,7 @@ async def _pass_on(stop: asyncio.Event, stopping: threading.Event) -> None:
     stopping.set()
 
 
-async def _end_with(parent: int, work: Work) -> None:
+async def end_with(parent: int, work: Work) -> None:
     """Give the work up once another process has adopted this one: nobody waits for it any more."""
     while os.getppid() == parent:  # noqa: ASYNC110 - nothing tells of an adoption
         await asyncio.sleep(PARENT_SECONDS)
