@@ -125,6 +125,7 @@ def test_the_last_axis_varies_fastest() -> None:
         (["grpo.beta=0,-1"], r"The point grpo.beta=-1: \[grpo\] beta"),
         (["grpo.num_iterations=1,4", "grpo.max_staleness=2"], "The point grpo.num_iterations=4, grpo.max_staleness=2"),
         (["grpo.beta=0", "grpo.beta=1"], "twice"),
+        (["dataset.path=gone.jsonl"], "The point dataset.path=.*there is no .*gone.jsonl"),
         (["run.seed=1,2"], "--seeds"),
         (["averaging.codec=mxint8,fp32"], "--peers"),
     ],
