@@ -74,7 +74,7 @@ class Halves:
 
 
 def sweep_twice(arguments: Sequence[str], folder: Path, ended: int, versions: int) -> Halves:
-    """Kill the sweep once `ended` runs have ended and another has told `versions` of its versions; start it again.
+    """Kill the sweep once `ended` runs have ended, when another makes version `versions`; start it again.
 
     RuntimeError if the second start does not end with 0.
     """
@@ -82,9 +82,8 @@ def sweep_twice(arguments: Sequence[str], folder: Path, ended: int, versions: in
     command = [sys.executable, "-m", "hivegrpo.cli.main", "sweep", *arguments, "--to", str(folder), "--json"]
 
     def enough() -> bool:
-        done = {record["folder"] for record in halves.first if record["kind"] == "finished"}
-        others = Counter(run for run, _ in versions_of(halves.first) if run not in done)
-        return len(done) >= ended and max(others.values(), default=0) >= versions
+        done = sum(record["kind"] == "finished" for record in halves.first)
+        return done >= ended and halves.first[-1].get("version") == versions
 
     with started(command) as process:
         assert process.stdout is not None
