@@ -108,6 +108,11 @@ class Children:
         for child in self._children:
             child.log = folder / child.log.name
 
+    def ask(self) -> None:
+        """Ask all to leave, and do not wait."""
+        for child in self._children:
+            child.signal(signal.SIGINT)
+
     def kill(self) -> None:
         """End all at once, and do not wait."""
         for child in self._children:

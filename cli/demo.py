@@ -69,20 +69,20 @@ async def _train(config: Path, peers: int, progress: Progress, console: Console)
         async with children:
             stopping = asyncio.create_task(stop.wait())
             coordinator = await children.start("coordinator", coordinator_command(config), take)
-            if await _reached(started, [coordinator], stopping):
+            if await reached(started, [coordinator], stopping):
                 address, run = started.result()["address"], Path(started.result()["home"]).parent
                 children.move_logs(run / "logs")
                 ends = [coordinator]
                 for name in (f"peer-{number}" for number in range(1, peers + 1)):
                     command = peer_command(address, run / name, max(1, usable_cores() // peers))
                     ends.append(await children.start(name, command, _ignore))
-                if await _reached(finished, ends, stopping) and await _reached(coordinator, [], stopping):
+                if await reached(finished, ends, stopping) and await reached(coordinator, [], stopping):
                     return run
     shutil.rmtree(logs, ignore_errors=True)
     return None
 
 
-async def _reached(
+async def reached(
     goal: asyncio.Future[Record] | asyncio.Task[None],
     needed: Sequence[asyncio.Task[None]],
     stopping: asyncio.Task[bool],

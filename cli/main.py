@@ -140,6 +140,28 @@ def solo(
 
 
 @app.command()
+def sweep(
+    file: Annotated[Path | None, typer.Argument(help="A sweep.toml; what flags say comes first.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="run.toml to vary; the demo's if none.")] = None,
+    grid: Annotated[list[str] | None, typer.Option(help="SECTION.KEY=VALUE,VALUE; once for each key.")] = None,
+    versions: Annotated[int | None, typer.Option(min=1, help="Length of each run; the config's if left out.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=1, help="Instead: seconds of training of each run.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Instead: tokens that each run samples.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each point, from the config's seed on.")] = None,
+    peers: Annotated[int | None, typer.Option(min=0, max=16, help="Train each over so many peers here.")] = None,
+    parallel: Annotated[int, typer.Option(min=1, max=64, help="Runs side by side, which share the cores.")] = 1,
+    to: Annotated[Path | None, typer.Option(help="Folder of the sweep; one in the state folder if left out.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again the runs that have failed.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a grid of settings with the same small budget, and compare them. Goes on after Ctrl-C, or a crash."""
+    from hivegrpo.cli.sweep.launch import launch
+
+    flags = {"versions": versions, "seconds": seconds, "tokens": tokens, "seeds": seeds, "peers": peers}
+    launch(file, config, grid or [], flags, parallel=parallel, to=to, retry_failed=retry_failed, as_json=as_json)
+
+
+@app.command()
 def demo(
     peers: Annotated[int, typer.Option(min=1, max=16, help="Peers to start beside the coordinator.")] = 3,
     config: Annotated[

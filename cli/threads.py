@@ -16,7 +16,7 @@ def usable_cores() -> int:
 
 
 def count_peers() -> int:
-    """Processes of `hivegrpo peer run` and `hivegrpo solo` that this user can see."""
+    """Processes of `hivegrpo peer run`, `hivegrpo solo` and runs of `hivegrpo sweep` that this user can see."""
     return sum(is_peer(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
 
 
@@ -26,4 +26,6 @@ def is_peer(command: list[str]) -> bool:
         program = command[place]
         if program == "hivegrpo.cli.main" or program.rpartition("/")[2] == "hivegrpo":
             return command[place + 1 : place + 3] == ["peer", "run"] or command[place + 1] == "solo"
+        if program == "hivegrpo.cli.sweep.worker":
+            return True
     return False

@@ -75,6 +75,11 @@ class Training:
             raise
 
     @property
+    def solo(self) -> Solo:
+        """What is trained, to be looked at between steps; the steps are taken here."""
+        return self._solo
+
+    @property
     def version(self) -> int:
         """The newest version."""
         return self._solo.version

@@ -55,7 +55,7 @@ def test_the_commands_are_those_of_the_manual() -> None:
         "coordinator resume", "coordinator promote-reference", "coordinator rollback", "coordinator ban",
         "coordinator unban", "coordinator invite", "coordinator revoke", "coordinator verify", "peer", "peer run",
         "run-key", "run-key create", "run-key sign", "solo", "demo", "chat", "export", "check", "verify-span", "watch",
-        "simulate", "cost", "evaluate", "serve"
+        "simulate", "cost", "evaluate", "serve", "sweep"
     }  # fmt: skip
 
 
