@@ -2,7 +2,7 @@
 
     python benchmarks/serve.py [--requests 200]
 
-The model is the demo's starter, whose answers take a few milliseconds: a larger one makes the share of the proxy smaller.
+The model is the demo's starter, whose answers take milliseconds: with a larger one the proxy's share is smaller.
 """
 
 import argparse

@@ -19,6 +19,7 @@ try:
     from hivegrpo.peer.serving.dialects import choose_dialect
     from hivegrpo.peer.serving.engine import Launcher
     from hivegrpo.peer.serving.engines import Engines
+    from hivegrpo.peer.serving.process import kill_all
     from hivegrpo.peer.serving.releases import MODEL_FILE, Release, folder_release
     from hivegrpo.peer.serving.settings import ServeConfig
     from hivegrpo.peer.serving.source import Source
@@ -40,7 +41,7 @@ def launch(run: str | None, flags: dict[str, Any], *, revision: str, as_json: bo
 
     Engines end with this process, however it ends: on Linux the kernel sees to it.
     """
-    signals = StopSignals("the endpoint")
+    signals = StopSignals("the endpoint", kill_all)
     configure_logging(verbose)
     settings = ServeConfig.load(**flags)
     exported = run is not None and (Path(run).expanduser() / MODEL_FILE).is_file()

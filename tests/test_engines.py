@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -16,6 +17,7 @@ import pytest
 from support.programs import gone
 from support.serving import NAME, Script, client_of, fake_engine, listening, within, write_folder
 
+from hivegrpo.cli.launch_serve import launch
 from hivegrpo.peer.serving import engines as engines_module
 from hivegrpo.peer.serving import source as source_module
 from hivegrpo.peer.serving.app import Rules, build_app
@@ -25,7 +27,7 @@ from hivegrpo.peer.serving.engines import MAX_RESTARTS, Engines
 from hivegrpo.peer.serving.process import Process
 from hivegrpo.peer.serving.prompts import Encoded, PromptReader
 from hivegrpo.peer.serving.refusals import Refusal
-from hivegrpo.peer.serving.releases import Release, held, prune
+from hivegrpo.peer.serving.releases import Release, folder_release, held, prune
 from hivegrpo.peer.serving.sampling import Defaults, Sampling
 from hivegrpo.peer.serving.settings import ServeConfig
 from hivegrpo.peer.serving.source import MAX_TRIES, Source
@@ -287,6 +289,35 @@ def test_what_is_held_is_not_pruned(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["3"]
     with pytest.raises(ConfigError):
         held(tmp_path / "1").__enter__()
+
+
+def fails(monkeypatch: pytest.MonkeyPatch, run: str | None, revision: str = "latest", **flags: object) -> HiveError:
+    """How a command that fails before it starts anything ends."""
+    monkeypatch.setattr("hivegrpo.cli.signals.signal.signal", lambda number, handler: None)
+    monkeypatch.setattr("hivegrpo.cli.output.structlog.configure", lambda **settings: None)
+    with pytest.raises(HiveError) as failed:
+        launch(run, flags, revision=revision, as_json=True, verbose=False)
+    return failed.value
+
+
+def test_what_cannot_be_followed_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for run, revision in ((str(folder), "latest"), ("/ip4/127.0.0.1", "3")):
+        error = fails(monkeypatch, run, revision, follow=5.0)
+        assert (error.exit_code, "--follow" in str(error)) == (78, True)
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        error = fails(monkeypatch, str(folder), port=taken.getsockname()[1])
+    assert (error.exit_code, "--port" in str(error)) == (75, True)
+
+
+def test_a_folder_of_another_version_is_not_served(tmp_path: Path) -> None:
+    (tmp_path / "hivegrpo.json").write_text('{"format": 1, "run": "addition", "version": 7}')
+    assert folder_release(tmp_path) == Release(tmp_path, "addition", "7")
+    assert folder_release(tmp_path, "7").version == "7"
+    with pytest.raises(ConfigError, match="holds one version: 7"):
+        folder_release(tmp_path, "8")
 
 
 STUBBORN = (

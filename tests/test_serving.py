@@ -18,6 +18,8 @@ from hivegrpo.peer.serving.requests import MAX_CHOICES, read_chat, read_completi
 from hivegrpo.peer.serving.sampling import Defaults
 from hivegrpo.peer.serving.stops import StopCutter
 
+SURROGATE = rb'{"model": "m", "prompt": "\ud800"}'
+"""Half a character, which JSON can say and no tokenizer can read."""
 ASK = [{"role": "user", "content": "hi"}]
 
 
@@ -209,7 +211,7 @@ def test_what_asks_for_nothing_is_taken() -> None:
     assert read_completion(b'{"model": "m", "prompt": "p", "echo": false, "best_of": 1}').max_tokens == 16
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"model": 1e999}'])
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"model": 1e999}', SURROGATE])
 def test_what_is_no_request_is_refused(body: bytes) -> None:
     with pytest.raises(Refusal) as refused:
         read_completion(body)

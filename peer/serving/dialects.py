@@ -82,7 +82,6 @@ class Transformers:
 class Vllm:
     """`vllm serve`, which takes its defaults from generation_config.json as well."""
 
-    device: str
     slots: int = 64
 
     def command(self, port: int) -> list[str]:
@@ -103,12 +102,14 @@ class Vllm:
 
 
 def choose_dialect(engine: EngineName, device: str) -> Dialect:
-    """ConfigError if the engine is not installed."""
+    """ConfigError if the engine is not installed, or has no choice of a device."""
     if engine == "transformers":
         return Transformers(device)
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError("vLLM is not installed.", "Install it (pip install vllm), or leave out --engine.")
-    return Vllm(device)
+    if device != "auto":
+        raise ConfigError("vLLM takes the device that it was built for.", "Leave out --device.")
+    return Vllm()
 
 
 def engine_environment() -> dict[str, str]:

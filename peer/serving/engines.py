@@ -87,8 +87,8 @@ class Engines:
         self._tell({"kind": "lost", "version": engine.release.version, "said": engine.child.said()})
         async with self._changing:
             if self._current is engine:
-                await engine.close()
                 await self._restart(engine.release)
+        await engine.close()  # after that: it holds the release's folder
 
     async def _restart(self, release: Release) -> None:
         while True:

@@ -22,6 +22,7 @@ class Process:
     """In a session of its own, so that Ctrl-C at the terminal does not reach it, and tied to this process's life."""
 
     def __init__(self, process: asyncio.subprocess.Process, records: bool) -> None:
+        _alive.add(self)
         self._process = process
         self._said = b""
         self._swept = False
@@ -95,9 +96,20 @@ class Process:
         """
         if not self._swept:
             self._swept = not self.running
+            if self._swept:
+                _alive.discard(self)
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     async def _read(self, stream: asyncio.StreamReader) -> None:
         while chunk := await stream.read(SAID_BYTES):
             self._said = (self._said + chunk)[-SAID_BYTES:]
+
+
+_alive: set[Process] = set()
+
+
+def kill_all() -> None:
+    """End all that this process has started at once: for the end of it that waits for nothing."""
+    for process in list(_alive):
+        process.kill()

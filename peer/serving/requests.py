@@ -156,6 +156,8 @@ def _wanted(request: _Request, chat: bool, prompts: tuple[Prompt, ...], max_toke
 def _read(kind: type[_AnyRequest], body: bytes) -> _AnyRequest:
     try:
         values = json.loads(body)
+        if b"\\ud" in body.lower():  # half of a surrogate pair is JSON, and no text
+            json.dumps(values, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise invalid(f"The request is not JSON: {error}.") from None
     if not isinstance(values, dict):
