@@ -1,6 +1,6 @@
 .PHONY: install test parity fuzz lint demo proto \
 	bench bench-joins bench-wan bench-attacks bench-rounds bench-codecs bench-quality bench-solo bench-learning \
-	bench-memory bench-watch bench-coordinator bench-crashes bench-simulate
+	bench-memory bench-watch bench-coordinator bench-crashes bench-simulate bench-sweep bench-serve
 .DEFAULT_GOAL := install
 
 PYTHON ?= python3
@@ -84,3 +84,9 @@ fuzz: install  ## every decoder and handler, for longer than the tests do
 
 proto: install  ## protocol/hivegrpo_pb2.py and .pyi, which are committed, from hivegrpo.proto
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iprotocol --python_out=protocol --mypy_out=protocol hivegrpo.proto
+
+bench-sweep: install  ## what beta and temperature do, by a sweep that is killed half-way
+	$(BIN)/python benchmarks/sweep.py
+
+bench-serve: install  ## what the proxy of `hivegrpo serve` costs
+	$(BIN)/python benchmarks/serve.py
