@@ -2,10 +2,11 @@
 
 import io
 import json
-import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Generator
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from hivegrpo.protocol.errors import ConfigError
 from hivegrpo.protocol.homes import run_folder
 
 TEMPLATE = (
-    "{% for message in messages %}{{ raise_exception('no dogs') if 'dog' in message.content }}"
+    "{% for message in messages %}{{ raise_exception('no \x1bdogs') if 'dog' in message.content }}"
     "<{{ message.role }}>{{ message.content }}{% endfor %}<assistant>"
 )
 
@@ -251,10 +252,10 @@ def test_thoughts_are_not_in_the_history_and_a_system_message_is(answering: Answ
     conversation.instruct("Go.")
     assert conversation.instructions == "Go."
     assert said(conversation, "2") == told(answering, "<system>Go.<user>1<assistant>a<user>2<assistant>")
-    with pytest.raises(ConfigError, match="no dogs"):
+    with pytest.raises(ConfigError, match=r"no \?dogs"):
         conversation.instruct("Be a dog.")
     assert conversation.instructions == "Go."
-    with pytest.raises(ConfigError, match="no dogs"):
+    with pytest.raises(ConfigError, match=r"no \?dogs"):
         conversation.answer("dog")
 
 
@@ -300,7 +301,7 @@ def test_a_history_that_is_too_long_is_said_once(talk: Typed, monkeypatch: pytes
     _, _, err = talk("9" * 30, "8" * 30, "7" * 30, "dog", max_new_tokens=4)
     assert err.count("(cut after 4 tokens") == 3
     assert err.count("its beginning is left out") == 1
-    assert "refuses a prompt: TemplateError: no dogs" in err
+    assert "refuses a prompt: TemplateError: no ?dogs" in err
 
 
 # Exported folders, and what can be wrong with them.
@@ -432,20 +433,36 @@ def test_fewer_bits_where_they_cannot_be_had(original: MadeRun, monkeypatch: pyt
 HOSTILE = "a\x1b]0;title\x07b\rc\x9b2J\u202ed\ne\tf\N{ZERO WIDTH JOINER}é"
 
 
-def test_a_terminal_gets_nothing_that_it_would_obey(monkeypatch: pytest.MonkeyPatch) -> None:
-    master, slave = os.openpty()
+class Display(io.StringIO):
+    """Stdout where it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def display(monkeypatch: pytest.MonkeyPatch) -> Display:
+    """120 columns wide."""
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    with open(slave, "w", encoding="utf-8") as stdout, open(master, "rb", buffering=0) as terminal:  # noqa: PTH123
-        monkeypatch.setattr(sys, "stdout", stdout)
-        with Screen().answers(["model"]) as show:
-            show(0, Piece("<think>\x1b", True))
-            show(0, Piece(HOSTILE, False))
-        shown = b""
-        while not shown.endswith(b"\r\n"):
-            shown += terminal.read(1000)
+    return Display()
+
+
+def test_a_terminal_gets_nothing_that_it_would_obey(display: Display) -> None:
+    with redirect_stdout(display), Screen().answers(["model"]) as show:
+        show(0, Piece("<think>\x1b", True))
+        show(0, Piece(HOSTILE, False))
     visible = HOSTILE.translate(dict.fromkeys(map(ord, "\x1b\x07\r\x9b\u202e"), "?"))
-    assert shown.decode() == f"{DIM}<think>?{PLAIN}{visible}\n".replace("\n", "\r\n")
+    assert display.getvalue() == f"{DIM}<think>?{PLAIN}{visible}\n"
+
+
+def test_two_answers_stand_side_by_side_where_there_is_room(display: Display) -> None:
+    with redirect_stdout(display), Screen().answers(["one", "other"]) as show:
+        show(0, Piece("4\x1b6", False))
+        show(1, Piece("47", True))
+    [*_, line] = [line for line in display.getvalue().splitlines() if "47" in line]
+    assert re.search(r"4\?6 +│ \x1b\[2m47\x1b\[0m ", line)
 
 
 def test_a_pipe_gets_the_text_itself(capsys: pytest.CaptureFixture[str]) -> None:

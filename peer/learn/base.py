@@ -6,6 +6,7 @@ from typing import Any
 
 from hivegrpo.protocol.config import ModelSection
 from hivegrpo.protocol.errors import ConfigError, UnreachableError
+from hivegrpo.protocol.transport.serving import printable
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 SETTINGS = ("config.json", "generation_config.json")
@@ -43,7 +44,7 @@ def require_built_in(folder: Path) -> None:
     """ConfigError unless the folder is a causal language model that transformers itself implements."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    kind = str(_json(folder / "config.json").get("model_type"))
+    kind = printable(str(_json(folder / "config.json").get("model_type")))
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ConfigError(
             f"The model in {folder} is of type {kind}, which is not a causal language model of transformers.",
@@ -64,7 +65,7 @@ def unusable(what: str, folder: Path, reason: Exception | str) -> ConfigError:
     """What such files end in. `what` is the model, or its tokenizer."""
     text = reason if isinstance(reason, str) else f"{type(reason).__name__}: {reason}"
     return ConfigError(
-        f"The {what} in {folder} cannot be loaded: {' '.join(text.split()).rstrip('.')}.",
+        f"The {what} in {folder} cannot be loaded: {printable(' '.join(text.split())).rstrip('.')}.",
         "Is the folder complete? Get it again.",
     )
 

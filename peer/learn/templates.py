@@ -16,6 +16,7 @@ from hivegrpo.peer.rewards.frames import encode
 from hivegrpo.peer.rewards.process import Call
 from hivegrpo.peer.rewards.registry import CHAT_TEMPLATE
 from hivegrpo.protocol.errors import ConfigError
+from hivegrpo.protocol.transport.serving import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,6 +88,6 @@ def load_render() -> RewardFunction:
 def refusal(reason: str) -> ConfigError:
     """What a prompt that a template cannot render ends in."""
     return ConfigError(
-        f"The model's chat template refuses a prompt: {reason}.",
+        f"The model's chat template refuses a prompt: {printable(reason)}.",
         "Leave out system_prompt or the messages that it does not know, or choose another model.",
     )
