@@ -16,6 +16,7 @@ from support.swarm import Swarm
 from support.trained_run import MadeRun, write_base, write_run
 
 from hivegrpo.cli.cost import show_cost
+from hivegrpo.peer.desk import LeaseDesk
 from hivegrpo.peer.inference.cost import Cost, Prices, cost_of, describe_cost, energy, exchanged, money, total_cost
 from hivegrpo.peer.inference.remote import mirror_run
 from hivegrpo.peer.learn.data import Prompts
@@ -172,7 +173,17 @@ class GpuLearner(SlowLearner):
     on_gpu = True
 
 
-def test_a_swarms_chain_has_the_time_of_all_its_peers(tmp_path: Path) -> None:
+def test_sampling_ahead_is_work_too() -> None:
+    learner = SlowLearner(8)
+    learner.during_sample = lambda lease: time.sleep(WORK_SECONDS)
+    desk = LeaseDesk(small_config(), learner, None, None, None)
+    desk.sample(pb.Lease(id=1, version=1, count=6, wanted=6), torch.zeros(8), threading.Event())
+    assert desk.device_time.take(on_gpu=False)["num_device_seconds"] >= WORK_SECONDS
+
+
+def test_a_swarms_chain_has_the_time_of_all_its_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stepping, steps = DeviceTime.stepping, []
+    monkeypatch.setattr(DeviceTime, "stepping", lambda spent: (steps.append(spent), stepping(spent))[1])
     coordinator, values = Identity.generate(), 40_000
     config = small_config(run={"start_peers": 2, "versions": 3})
     swarm = Swarm(tmp_path, config, signed_run(coordinator, config, values), coordinator)
@@ -188,7 +199,7 @@ def test_a_swarms_chain_has_the_time_of_all_its_peers(tmp_path: Path) -> None:
     asyncio.run(asyncio.wait_for(scenario(), 60))
     elapsed = time.monotonic() - began
     cost = cost_of(ChainFile.open(swarm.coordinator_home).chain.entries)
-    assert (cost.versions, cost.untimed) == (3, 0)
+    assert (cost.versions, cost.untimed, len(steps)) == (3, 0, 2 * 3)
     assert 2 * 3 * WORK_SECONDS <= cost.device_seconds < 2 * elapsed
     assert 3 * WORK_SECONDS <= cost.gpu_seconds < cost.device_seconds - 3 * WORK_SECONDS
     assert cost.bytes_exchanged == 3 * 2 * sum(

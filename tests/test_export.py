@@ -169,6 +169,7 @@ def test_a_head_with_an_adapter_leaves_tied_embeddings_alone(made: MadeRun, tmp_
     live = logits_of(policy.model)
     merge(policy, torch.float32).model.save_pretrained(tmp_path / "out")
     assert difference(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), live) < BAR
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_every_parameter_that_was_trained_is_exported(made: MadeRun, tmp_path: Path) -> None:
