@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hivegrpo.cli.output import configure_logging
 from hivegrpo.protocol.config import PeerConfig
 from hivegrpo.protocol.errors import ConfigError
 from hivegrpo.protocol.files import write_whole
@@ -35,6 +36,7 @@ def launch(
     as_json: bool,
 ) -> None:
     """Measure, write results and plot, and print the table. flags: of a single benchmark, None where left out."""
+    configure_logging(verbose=False)
     from hivegrpo.peer.inference.answering import is_exported
 
     revisions = revisions or (["latest"] if is_exported(source) else ["base", "latest"])

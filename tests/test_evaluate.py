@@ -323,6 +323,7 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["hivegrpo", "evaluate", *arguments])
+        monkeypatch.setattr("hivegrpo.cli.output.structlog.configure", lambda **settings: None)
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             main()
