@@ -19,6 +19,7 @@ from support.serving import NAME, Script, client_of, fake_engine, listening, wit
 
 from hivegrpo.cli.launch_serve import launch
 from hivegrpo.peer.serving import engines as engines_module
+from hivegrpo.peer.serving import releases as releases_module
 from hivegrpo.peer.serving import source as source_module
 from hivegrpo.peer.serving.app import Rules, build_app
 from hivegrpo.peer.serving.dialects import Transformers, choose_dialect, engine_environment
@@ -31,7 +32,7 @@ from hivegrpo.peer.serving.releases import Release, folder_release, held, prune
 from hivegrpo.peer.serving.sampling import Defaults, Sampling
 from hivegrpo.peer.serving.settings import ServeConfig
 from hivegrpo.peer.serving.source import MAX_TRIES, Source
-from hivegrpo.protocol.errors import ConfigError, HiveError
+from hivegrpo.protocol.errors import ChainError, ConfigError, HiveError, UnreachableError
 
 Record = dict[str, Any]
 
@@ -275,6 +276,29 @@ def test_an_export_that_ends_is_started_again_and_then_given_up(monkeypatch: pyt
         await source.close()
 
     asyncio.run(follow())
+
+
+def test_a_run_that_is_not_reached_is_looked_for_again_and_what_is_broken_given_up(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcomes = iter(
+        [Release(folder, NAME, "1"), *[UnreachableError("Nobody answers.")] * 50, Release(folder, NAME, "2")]
+        + [ChainError("It is forged.")] * releases_module.MAX_FAILURES
+    )
+
+    def export(run: str, revision: str) -> Release:
+        outcome = next(outcomes)
+        if isinstance(outcome, HiveError):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(releases_module, "export_release", export)
+    monkeypatch.setattr(releases_module.time, "sleep", lambda seconds: None)
+    assert releases_module.main("run", "latest", "60") == ChainError.exit_code
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record.get("version", record.get("error")) for record in told] == [
+        "1", "Nobody answers.", "2", "It is forged."
+    ]  # fmt: skip
 
 
 def test_what_is_held_is_not_pruned(tmp_path: Path) -> None:

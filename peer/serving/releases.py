@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hivegrpo.protocol.errors import ConfigError, HiveError
+from hivegrpo.protocol.errors import BusyError, ConfigError, HiveError, UnreachableError
 from hivegrpo.protocol.homes import latest_run
 
 MODEL_FILE = "config.json"
@@ -27,7 +27,7 @@ EXPORTS = "exports"
 STALE_SECONDS = 86_400.0
 """After which what a killed export left half written is removed."""
 MAX_FAILURES = 10
-"""Looks in a row that may fail before no other is taken."""
+"""Looks in a row that may fail, other than because nobody answers, before no other is taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,19 +108,25 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def main(run: str, revision: str, follow: str) -> int:
-    """Tell releases; the exit code if there is nothing more to tell."""
-    told, failures = None, 0
+    """Tell releases, and what goes wrong, once; the exit code if there is nothing more to tell.
+
+    A run that cannot be reached for a while is looked for again, however long that takes.
+    """
+    told: Release | None = None
+    trouble, failures = "", 0
     while True:
         try:
             run = run or str(latest_run())
             release = export_release(run, revision)
         except HiveError as error:
-            failures += 1
-            _tell({"error": error.message, "hint": error.hint, "exit_code": error.exit_code})
+            failures += not isinstance(error, UnreachableError | BusyError)
+            if str(error) != trouble:
+                trouble = str(error)
+                _tell({"error": error.message, "hint": error.hint, "exit_code": error.exit_code})
             if told is None or failures == MAX_FAILURES:
                 return error.exit_code
         else:
-            failures = 0
+            trouble, failures = "", 0
             if release != told:
                 _tell({**asdict(release), "folder": str(release.folder)})
                 told = release
