@@ -381,15 +381,18 @@ def test_what_strangers_named_stays_a_value(made: MadeRun) -> None:
 
 
 def test_a_measurement_is_a_table(made: MadeRun, tmp_path: Path) -> None:
-    path = tmp_path / "evaluation.json"
-    content = {"run": "test", "sampling": {"temperature": 0.5}, "rows": [{"set": "a|b", "accuracy": 0.25}, {"n": 3}, 4]}
-    path.write_text(json.dumps(content))
+    path = tmp_path / "results.json"
+    score = {"revision": "3", "metric": "pass@4", "value": 0.5, "low": 0.25, "high": 0.75, "interval": "agresti-coull"}
+    clean = {"problems": 7, "value": 0.4, "low": 0.1, "high": 0.7}
+    benchmark = {"name": "a|b", "problems": 8, "scores": [score | {"clean": None}, score | {"clean": clean}], "more": 1}
+    path.write_text(json.dumps({"format": 1, "level": 0.95, "benchmarks": [benchmark]}))
     card = card_of(made, Options(evaluation=read_evaluation(path)))
-    assert "| `sampling/temperature` | `0.5` |" in card.text
-    assert "| `set` | `accuracy` | `n` |\n|---|---|---|\n| `a\\|b` | `0.25` |  |\n|  |  | `3` |" in card.text
-    for wrong in ("[1]", "{", ""):
+    head = "| `a\\|b, 8 problems` | `figure` | `mean [95% interval]` | `without what training has seen` |"
+    first = "| `3` | `pass@4` | `50.0% [25.0%, 75.0%]` |  |"
+    assert f"{head}\n|---|---|---|---|\n{first}\n{first[:-3]} `40.0% [10.0%, 70.0%]` |" in card.text
+    for wrong in ("[1]", "{", "", "{}", '{"format": 2, "level": 0.95, "benchmarks": []}'):
         path.write_text(wrong)
-        with pytest.raises(ConfigError, match=r"evaluation\.json"):
+        with pytest.raises(ConfigError, match=r"results\.json"):
             read_evaluation(path)
 
 

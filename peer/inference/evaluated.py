@@ -1,53 +1,82 @@
-"""A measurement that somebody made of an export, from the JSON that `hivegrpo evaluate` writes, as tables of a card."""
+"""A measurement that somebody made of a model, from what `hivegrpo evaluate` wrote, as tables of its card."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hivegrpo.protocol.errors import ConfigError
 
-MAX_BYTES = 1 << 22
+MAX_BYTES = 64 << 20
+"""Of a file: it has a line for each problem."""
 MOST_LINES = 50
 """Of one table: a card is read by people."""
 
-Row = dict[str, str | int | float | bool]
+Row = dict[str, str]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
+class _Estimate(_Part):
+    """A mean over problems in [0, 1], with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}]"
+
+
+class _Score(_Estimate):
+    revision: str
+    metric: str
+    clean: _Estimate | None = None
+    """Without the problems that occur in the training rows, if there are any."""
+
+
+class _Benchmark(_Part):
+    name: str
+    problems: int
+    scores: list[_Score]
+
+
+class _Results(_Part):
+    format: Literal[1]
+    level: float = Field(gt=0.0, lt=1.0)
+    benchmarks: list[_Benchmark]
 
 
 def read_evaluation(path: Path) -> list[list[Row]]:
-    """Tables of what is in a file: its plain values, by name, and each list of objects, without what is nested in them.
-
-    ConfigError if it cannot be read, or is no JSON object.
-    """
+    """A table for each benchmark in a results.json of `hivegrpo evaluate`; ConfigError if it is none."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{path} has more than {MAX_BYTES} bytes.", "Give the summary that `evaluate` writes.")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}.", "Give what `hivegrpo evaluate` wrote.") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} is not a JSON object.", "Give what `hivegrpo evaluate` wrote.")
-    values: list[Row] = [{"what": name, "value": value} for name, value in _plain(content)]
-    tables = [values, *(_rows(part) for part in _parts(content) if isinstance(part, list))]
-    return [table[:MOST_LINES] for table in tables if table]
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ConfigError(f"{path} has more than {MAX_BYTES} bytes.", HINT)
+        results = _Results.model_validate_json(content)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error}.", HINT) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(
+            f"{path} is not what it should be: {where}: {first['msg']}.".replace(": :", ":"), HINT
+        ) from None
+    return [_table(benchmark, results.level) for benchmark in results.benchmarks if benchmark.scores]
 
 
-def _plain(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str | int | float | bool]]:
-    """Numbers, texts and truth values in nested objects, by the path to them."""
-    for name, value in content.items():
-        if isinstance(value, str | int | float):
-            yield prefix + name, value
-        elif isinstance(value, dict):
-            yield from _plain(value, f"{prefix}{name}/")
+def _table(benchmark: _Benchmark, level: float) -> list[Row]:
+    """A row a figure."""
+    title = f"{benchmark.name}, {benchmark.problems} problems"
+    rows = [
+        {title: score.revision, "figure": score.metric, f"mean [{level:.0%} interval]": str(score)}
+        | ({"without what training has seen": str(score.clean)} if score.clean is not None else {})
+        for score in benchmark.scores
+    ]
+    return rows[:MOST_LINES]
 
 
-def _parts(content: Mapping[str, Any]) -> Iterator[Any]:
-    for value in content.values():
-        yield value
-        if isinstance(value, dict):
-            yield from _parts(value)
-
-
-def _rows(objects: Sequence[Any]) -> list[Row]:
-    plain = [dict(_plain(one)) for one in objects[:MOST_LINES] if isinstance(one, dict)]
-    return [row for row in plain if row]
+HINT = "Give the results.json in the folder that `hivegrpo evaluate` names."
