@@ -201,8 +201,10 @@ def chat(
     Ctrl-C stops an answer; at the prompt it shows help, and twice in a row it ends with exit code 130. The end of input
     (Ctrl-D) ends with 0.
     """
+    from hivegrpo.cli.output import configure_logging
     from hivegrpo.peer.inference.chat import chat as start_chat
 
+    configure_logging(verbose=False)
     code = start_chat(
         run,
         revision,

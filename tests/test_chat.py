@@ -11,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import structlog
 import torch
 from safetensors.torch import load_file, save_file
 from support.trained_run import PROMPT, MadeRun, byte_level_tokenizer, write_base, write_run
 from transformers import Qwen2ForCausalLM
 
+from hivegrpo.cli.main import main
 from hivegrpo.peer.inference.answering import ADAPTER_FILE, Answering, open_answering
 from hivegrpo.peer.inference.chat import COMMANDS, INTERRUPTED, Opening, Talk, chat
 from hivegrpo.peer.inference.conversation import Conversation, Exchange
@@ -463,6 +465,29 @@ def test_two_answers_stand_side_by_side_where_there_is_room(display: Display) ->
         show(1, Piece("47", True))
     [*_, line] = [line for line in display.getvalue().splitlines() if "47" in line]
     assert re.search(r"4\?6 +│ \x1b\[2m47\x1b\[0m ", line)
+
+
+def test_the_command_logs_to_stderr_and_ends_with_the_code(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*_: object, **__: object) -> int:
+        log = structlog.get_logger()
+        log.debug("a detail")
+        log.warning("a fault")
+        return INTERRUPTED
+
+    monkeypatch.setattr("hivegrpo.peer.inference.chat.chat", start)
+    monkeypatch.setattr(sys, "argv", ["hivegrpo", "chat"])
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        structlog.reset_defaults()
+    assert ended.value.code == INTERRUPTED
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "a fault" in captured.err
+    assert "a detail" not in captured.err
 
 
 def test_a_pipe_gets_the_text_itself(capsys: pytest.CaptureFixture[str]) -> None:
