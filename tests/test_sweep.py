@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -18,9 +17,9 @@ from support.processes import ADDITION, addition_config, machine
 from support.programs import gone
 from support.trained_run import write_base
 
-from hivegrpo.cli.sweep import running
+from hivegrpo.cli.sweep import running, swarm
 from hivegrpo.cli.sweep.figures import Result, marginal_means, point_means
-from hivegrpo.cli.sweep.folder import Outcome, Task, open_sweep, run_folder
+from hivegrpo.cli.sweep.folder import SWARM, Outcome, Task, open_sweep, run_folder
 from hivegrpo.cli.sweep.grid import Axis, span
 from hivegrpo.cli.sweep.launch import launch, read_plan
 from hivegrpo.cli.sweep.plan import Budget, Plan
@@ -567,34 +566,62 @@ def test_a_sweep_that_is_killed_goes_on_and_repeats_nothing(
     assert [run["state"] for point in report["points"] for run in point["runs"]] == ["finished", "finished"]
 
 
+COORDINATING = """
+import json, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+print(json.dumps({"kind": "started", "address": "/ip4/127.0.0.1/tcp/1/p2p/x"}), flush=True)
+print(json.dumps({"kind": "version", "version": 1, "versions": 4, "state_root": "ab", "metrics": {}}), flush=True)
+signal.sigwait([signal.SIGINT])
+"""
+
+
+def test_a_swarm_that_is_stopped_leaves_its_homes_to_go_on_in(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = trial_folder(tmp_path, plan_of(tiny(base), "averaging.codec=fp32", peers=2))
+    ordinary = swarm.coordinator_command(folder / SWARM)
+    assert "--new" not in ordinary  # which would begin another run
+    assert ordinary[ordinary.index("--home") + 1] == str(folder / SWARM / "coordinator")
+    monkeypatch.setattr(swarm, "coordinator_command", lambda _: [sys.executable, "-c", COORDINATING])
+    monkeypatch.setattr(swarm, "peer_command", lambda address, home, threads: [sys.executable, "-c", PATIENT])
+
+    async def scenario() -> list[int]:
+        stop, told = asyncio.Event(), []
+
+        def take(record: dict[str, Any]) -> None:
+            told.append(record["version"])
+            stop.set()
+
+        async with asyncio.timeout(60):
+            await Runner(2, stop).run(folder, take)
+        return told
+
+    assert asyncio.run(scenario()) == [1]
+    assert Outcome.read(folder).state == "unfinished"
+    assert RunConfig.load(folder / SWARM / "run.toml") == Task.read(folder).config
+
+
 @pytest.mark.slow
 def test_settings_of_the_exchange_are_swept_over_peers(base: Path, tmp_path: Path) -> None:
-    """Interrupted by Ctrl-C half-way, the run goes on with the same chain."""
     config = addition_config(
         tmp_path / "task",
         model={"path": str(base), "trainable": "full"},
         rewards={"functions": ["repetition_penalty"]},
         **{"rewards.options.repetition_penalty": {"ngram_size": 1}},
     )
-    command = ["sweep", "--config", str(config), "--grid", "averaging.codec=mxfp4", "--peers", "2", "--versions", "12"]
-    sweep = tmp_path / "sweep"
+    command = ["sweep", "--config", str(config), "--grid", "averaging.codec=mxfp4", "--peers", "2", "--versions", "4"]
 
     async def scenario() -> list[dict[str, Any]]:
         async with machine(tmp_path) as host:
-            first = await host.hivegrpo(*command, "--to", str(sweep), "--json")
-            await first.wait_for(lambda record: record["kind"] == "version")
-            first.send(signal.SIGINT)
-            assert await first.ended() == 0, first.tail()
-            assert first.records[-1]["points"][0]["runs"][0]["state"] == "unfinished"
-            second = await host.hivegrpo(*command, "--to", str(sweep), "--json")
-            assert await second.ended() == 0, second.tail()
-            return [*first.records[:-1], *second.records]
+            process = await host.hivegrpo(*command, "--json")
+            assert await process.ended(170) == 0, process.tail()
+            return process.records
 
     *told, report = asyncio.run(scenario())
-    versions = [record["version"] for record in told if record["kind"] == "version"]
-    assert versions == sorted(set(versions))
+    versions = [record for record in told if record["kind"] == "version"]
+    assert [record["version"] for record in versions] == [1, 2, 3, 4]
     [[run]] = [point["runs"] for point in report["points"]]
-    assert [version + 1 for version, _ in run["curves"]["reward"]] == list(range(1, 13))
-    assert run["state_root"] == [record["state_root"] for record in told if record["kind"] == "version"][-1]
+    assert [version for version, _ in run["curves"]["reward"]] == [0, 1, 2, 3]
+    assert run["state_root"] == versions[-1]["state_root"]
     assert run["figures"]["exchanged_mb"] > 0
     assert run["figures"]["kl"] > 0
