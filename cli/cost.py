@@ -5,6 +5,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from hivegrpo.cli.output import configure_logging
 from hivegrpo.peer.inference.cost import CLAIMED, Prices, cost_of, describe_cost, energy, money
 from hivegrpo.peer.inference.locate import LocalRun, is_address, open_run
 
@@ -15,6 +16,7 @@ def show_cost(run: str | None, prices: Prices, *, as_json: bool) -> None:
     ConfigError if there is no such run, UnreachableError for an address where nobody answers, ChainError if the chain
     does not verify.
     """
+    configure_logging(verbose=False)
     chain = _find(run).chain
     cost = cost_of(chain.entries)
     if not as_json:

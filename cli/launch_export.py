@@ -16,9 +16,11 @@ def launch(
     push: str | None,
 ) -> None:
     """Write the export, print its folder, and push it if that is asked for. Errors as `export` and `push`."""
+    from hivegrpo.cli.output import configure_logging
     from hivegrpo.peer.inference.evaluated import read_evaluation
     from hivegrpo.peer.inference.license import check_license
 
+    configure_logging(verbose=False)
     # What can be wrong at once is found before a model is loaded.
     named = check_license(license) if license is not None else None
     measured = read_evaluation(evaluation) if evaluation is not None else ()

@@ -51,15 +51,15 @@ def evaluate(
         folder = Path()
         for revision in revisions:
             show(f"loading {revision}", 0, 0)
-            answering = open_answering(source, revision, settings.device)
-            models.append(identify(answering, source, revision))
-            if not exams:
-                folder = to if to is not None else _folder_of(answering, models[0])
-                stack.enter_context(locked_home(folder))
-                exams = prepare_exams(config, answering, training_of(answering, source), settings)
-                for exam in exams:
-                    stack.enter_context(exam.pool)
-            answers.append([_examine(answering, models[-1], exam, folder, settings, show) for exam in exams])
+            with closing(open_answering(source, revision, settings.device)) as answering:
+                models.append(identify(answering, source, revision))
+                if not exams:
+                    folder = to if to is not None else _folder_of(answering, models[0])
+                    stack.enter_context(locked_home(folder))
+                    exams = prepare_exams(config, answering, training_of(answering, source), settings)
+                    for exam in exams:
+                        stack.enter_context(exam.pool)
+                answers.append([_examine(answering, models[-1], exam, folder, settings, show) for exam in exams])
             del answering  # before the next is loaded: two may not fit
     return folder, summarize(models, exams, answers)
 
