@@ -60,7 +60,7 @@ def encoder_of(section: BenchmarkSection, answering: Answering) -> PromptEncoder
     """Of a benchmark's prompts: in the form that it says, or that of the training."""
     if section.system_prompt is None and section.prompt_template is None:
         return answering.encoder
-    return PromptEncoder(answering.encoder.tokenizer, section.dataset)
+    return answering.encoder.of(section.dataset)
 
 
 def reward_of(section: BenchmarkSection, training: RewardsSection | None) -> Reward:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from hivegrpo.peer.learn.base import damages, require_built_in, unusable
 from hivegrpo.peer.learn.messages import Message, Prompt
@@ -52,6 +52,10 @@ class PromptEncoder:
                 "[dataset] has a system_prompt, but the tokenizer has no chat template to put it into.",
                 "Write it into prompt_template instead.",
             )
+
+    def of(self, dataset: DatasetSection) -> Self:
+        """The same tokenizer, and the same process of its template, with the prompts of other rows; errors as above."""
+        return type(self)(self.tokenizer, dataset, self._renderer)
 
     def check(self, prompts: Iterable[Prompt]) -> None:
         """ConfigError if one of them cannot become what the model reads."""
