@@ -83,9 +83,12 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
     return found
 
 
-def measure(model: Path, to: Path, watched: Watched, tokens: int = 65_536, **benchmark: Any) -> dict[str, Any]:
+def measure(
+    model: Path, to: Path, watched: Watched, tokens: int = 65_536, seed: int = 0, **benchmark: Any
+) -> dict[str, Any]:
     """The results of one benchmark."""
-    config = EvaluateConfig.of({"benchmark": [{"reward": "exact_match", "max_completion_length": 4} | benchmark]}, "")
+    section = {"reward": "exact_match", "max_completion_length": 4} | benchmark
+    config = EvaluateConfig.of({"benchmark": [section], "seed": seed}, "")
     settings = PeerConfig(device="cpu", sampling_tokens=tokens)
     _, results = evaluate(str(model), ["latest"], config, settings, to, watched.show)
     [measured] = results["benchmarks"]
@@ -202,6 +205,15 @@ def test_another_setting_has_another_file(coin: Path, tmp_path: Path, watched: W
     assert before.items() < ledgers(tmp_path).items()
 
 
+def test_another_seed_is_for_samples_alone(coin: Path, tmp_path: Path, watched: Watched) -> None:
+    file = str(write_letters(tmp_path / "p.jsonl"))
+    first = measure(coin, tmp_path, watched, source=file, n=6)
+    watched.sampled = 0
+    second = measure(coin, tmp_path, watched, source=file, n=6, seed=1)
+    assert watched.sampled == 6 * len(LETTERS)
+    assert first["per_problem"] != second["per_problem"]
+
+
 def test_a_damaged_file_of_samples_is_refused(coin: Path, tmp_path: Path, watched: Watched) -> None:
     file = str(write_letters(tmp_path / "p.jsonl", "eg"))
     measure(coin, tmp_path, watched, source=file)
@@ -267,6 +279,15 @@ def test_a_run_s_versions_are_compared_on_its_held_out_rows(made: MadeRun, tmp_p
     assert len(texts) == 3
     assert texts[None] == texts[made.manifest(0).state.root.hex()] != texts[made.manifest(3).state.root.hex()]
     assert held_out["contamination"]["training_rows"] == 1
+
+
+def test_a_revision_that_cannot_be_had_is_told_before_anything_is_sampled(
+    made: MadeRun, tmp_path: Path, watched: Watched
+) -> None:
+    config = EvaluateConfig.of({"benchmark": [{}]}, "")
+    with pytest.raises(ConfigError, match="Version 1 cannot be had"):
+        evaluate(str(made.folder), ["base", "1"], config, PeerConfig(device="cpu"), tmp_path, watched.show)
+    assert watched.sampled == 0
 
 
 def test_figures_are_given_without_problems_that_were_trained_on(

@@ -140,10 +140,10 @@ def test_rows_with_generators_of_their_own_draw_alone(coin: Path) -> None:
     answering = open_answering(str(coin), device="cpu")
     prompts = [answering.encoder.encode(letter) for letter in "aeeffgx"]
 
-    def drawn(rows: range, noise: Callable[[range], Any]) -> list[list[int]]:
+    def drawn(rows: range, noise: Callable[[range], Any], budget: int = 10_000) -> list[list[int]]:
         sampling, part = Sampling(6, temperature=30.0), prompts[rows.start : rows.stop]
         ends = frozenset({1, *range(40, 60)})
-        found = sample_within(10_000, answering.model, part, 1, sampling, ends, noise(rows))
+        found = sample_within(budget, answering.model, part, 1, sampling, ends, noise(rows))
         return [completion.token_ids for completion in found]
 
     def own(rows: range) -> list[torch.Generator]:
@@ -153,6 +153,7 @@ def test_rows_with_generators_of_their_own_draw_alone(coin: Path) -> None:
     assert len({len(tokens) for tokens in together}) > 1
     assert [drawn(range(row, row + 1), own)[0] for row in range(7)] == together
     assert drawn(range(2, 6), own) == together[2:6]
+    assert drawn(range(7), own, budget=14) == together, "two at a time"
     assert drawn(range(7), lambda rows: torch.Generator().manual_seed(0))[1:] != together[1:]
 
 
