@@ -372,7 +372,9 @@ def test_a_process_does_not_outlive_the_one_that_is_killed(tmp_path: Path) -> No
     code = (
         "import asyncio, os, sys\nfrom pathlib import Path\nfrom hivegrpo.peer.serving.process import Process\n"
         "async def main():\n"
-        "    process = await Process.start(['sleep', '1000'], folder=Path('.'), environment=os.environ)\n"
+        "    command = ['sh', '-c', 'echo here; exec sleep 1000']\n"
+        "    process = await Process.start(command, folder=Path('.'), environment=os.environ, records=True)\n"
+        "    await anext(process.lines())\n"
         "    print(process.pid, flush=True)\n"
         "    await process.ended()\n"
         "asyncio.run(main())\n"
