@@ -49,7 +49,7 @@ def coin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def original(tmp_path_factory: pytest.TempPathFactory) -> MadeRun:
     folder = tmp_path_factory.mktemp("run")
     write_base(folder / "base")
-    return write_run(folder / "run", folder / "base", HELD_OUT)
+    return write_run(folder / "run", folder / "base", held_out=HELD_OUT)
 
 
 @pytest.fixture
