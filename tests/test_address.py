@@ -4,9 +4,8 @@ import pytest
 
 from hivegrpo.protocol.address import EXAMPLE, parse_address
 from hivegrpo.protocol.errors import ConfigError
-from hivegrpo.protocol.identity import Identity
 
-PEER = Identity.generate().peer_id
+PEER = "12D3KooWRuLaLpqnXwYL2fM8KxmBtGgFk8NMKmV2aHJEaVavSawY"
 
 
 @pytest.mark.parametrize(
