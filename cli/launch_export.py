@@ -23,7 +23,7 @@ def launch(
     configure_logging(verbose=False)
     # What can be wrong at once is found before a model is loaded.
     named = check_license(license) if license is not None else None
-    measured = read_evaluation(evaluation) if evaluation is not None else ()
+    measured = read_evaluation(evaluation) if evaluation is not None else None
     if push is not None:
         from huggingface_hub import HfApi
 

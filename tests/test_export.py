@@ -28,7 +28,7 @@ from hivegrpo.peer.inference.license import base_license, check_license
 from hivegrpo.peer.inference.load import load
 from hivegrpo.peer.inference.locate import open_run
 from hivegrpo.peer.inference.merge import merge
-from hivegrpo.peer.inference.provenance import provenance_of
+from hivegrpo.peer.inference.provenance import identity_of, provenance_of
 from hivegrpo.peer.inference.push import push, require_login
 from hivegrpo.peer.learn.encoding import PromptEncoder, load_tokenizer
 from hivegrpo.peer.learn.policy import Policy
@@ -346,7 +346,9 @@ def card_of(made: MadeRun, options: Options | None = None, **sections: dict[str,
     for name, table in sections.items():
         values[name] |= table
     options = options or Options()
-    form = Form(options.adapter, "float32", license=options.license, evaluation=options.evaluation)
+    measured = options.evaluation
+    tables = measured.tables(identity_of(open_run(made.folder), 3)) if measured is not None else ()
+    form = Form(options.adapter, "float32", license=options.license, evaluation=tables)
     return ModelCard(model_card(replace(origin, config=RunConfig.model_validate(values)), form))
 
 
@@ -380,20 +382,39 @@ def test_what_strangers_named_stays_a_value(made: MadeRun) -> None:
     assert rows[0].replace("\\|", "").count("|") == 3
 
 
-def test_a_measurement_is_a_table(made: MadeRun, tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    score = {"revision": "3", "metric": "pass@4", "value": 0.5, "low": 0.25, "high": 0.75, "interval": "agresti-coull"}
+def measurement(folder: Path, identity: dict[str, str]) -> Path:
+    """What `hivegrpo evaluate` writes of one model, with a little more."""
+    path = folder / "results.json"
+    score = {"revision": "latest", "metric": "pass@4", "value": 0.5, "low": 0.25, "high": 0.75, "interval": "wilson"}
     clean = {"problems": 7, "value": 0.4, "low": 0.1, "high": 0.7}
     benchmark = {"name": "a|b", "problems": 8, "scores": [score | {"clean": None}, score | {"clean": clean}], "more": 1}
-    path.write_text(json.dumps({"format": 1, "level": 0.95, "benchmarks": [benchmark]}))
+    models = [{"revision": "latest", "title": "this one, version 3", "identity": identity}]
+    path.write_text(json.dumps({"format": 1, "level": 0.95, "models": models, "benchmarks": [benchmark]}))
+    return path
+
+
+def test_a_measurement_is_a_table(made: MadeRun, tmp_path: Path) -> None:
+    path = measurement(tmp_path, identity_of(open_run(made.folder), 3))
     card = card_of(made, Options(evaluation=read_evaluation(path)))
-    head = "| `a\\|b, 8 problems` | `figure` | `mean [95% interval]` | `without what training has seen` |"
-    first = "| `3` | `pass@4` | `50.0% [25.0%, 75.0%]` |  |"
-    assert f"{head}\n|---|---|---|---|\n{first}\n{first[:-3]} `40.0% [10.0%, 70.0%]` |" in card.text
-    for wrong in ("[1]", "{", "", "{}", '{"format": 2, "level": 0.95, "benchmarks": []}'):
+    first = "| `this one, version 3` | `pass@4` | `50.0% [25.0%, 75.0%]` |  |"
+    assert f"|---|---|---|---|\n{first}\n{first[:-3]} `40.0% [10.0%, 70.0%]` |" in card.text
+    assert ", 8 problems` | `figure` | `mean [95% interval]` | `without what training has seen` |" in card.text
+    for wrong in ("[1]", "{", "", "{}", '{"format": 2, "level": 0.95, "models": [], "benchmarks": []}'):
         path.write_text(wrong)
         with pytest.raises(ConfigError, match=r"results\.json"):
             read_evaluation(path)
+
+
+@pytest.mark.parametrize("revision", ["2", "base"])
+def test_a_measurement_of_another_model_is_refused(made: MadeRun, tmp_path: Path, revision: str) -> None:
+    measured = read_evaluation(measurement(tmp_path, identity_of(open_run(made.folder), 3)))
+    with pytest.raises(ConfigError, match="it measured this one, version 3"):
+        export(str(made.folder), tmp_path / "to", revision, Options(evaluation=measured))
+    assert not (tmp_path / "to").exists()
+    measured = read_evaluation(measurement(tmp_path, identity_of(open_run(made.folder), None)))
+    if revision == "base":
+        export(str(made.folder), tmp_path / "to", revision, Options(evaluation=measured))
+        assert "this one" in (tmp_path / "to" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

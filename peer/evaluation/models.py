@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hivegrpo.peer.inference.answering import Answering, read_origin
+from hivegrpo.peer.inference.provenance import BASE_PARTS, identity_of
 from hivegrpo.peer.learn.digests import model_digests
 from hivegrpo.protocol.config import RunConfig
-
-BASE_PARTS = ("base", "chat_template", "tokenizer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +18,7 @@ class Measured:
     """As it was asked for."""
     title: str
     identity: dict[str, str]
-    """A run's version: run id and state root. A base, or a folder: digests of its parts."""
+    """As of `identity_of`; of a folder the digests of its parts."""
 
 
 def identify(answering: Answering, source: str | None, revision: str) -> Measured:
@@ -29,12 +28,7 @@ def identify(answering: Answering, source: str | None, revision: str) -> Measure
         assert source is not None
         parts = model_digests(Path(source).expanduser())
         return Measured(revision, answering.title, {part: parts[part].hex() for part in BASE_PARTS})
-    chain = trained.run.chain
-    if trained.version is None:
-        digests = chain.manifest.message.digests
-        return Measured(revision, answering.title, {part: digests[part].hex() for part in BASE_PARTS})
-    root = chain.entries[trained.version].manifest.message.state.root.hex()
-    return Measured(revision, answering.title, {"run": chain.run_id, "state_root": root})
+    return Measured(revision, answering.title, identity_of(trained.run, trained.version))
 
 
 def training_of(answering: Answering, source: str | None) -> RunConfig | None:

@@ -32,7 +32,7 @@ class Form:
     """Whether the tokenizer's chat template was seen to give the training's prompts."""
     license: str | None = None
     evaluation: Sequence[Sequence[Row]] = field(default=())
-    """Tables of `evaluated.read_evaluation`."""
+    """Tables of `evaluated.Results`."""
 
 
 def model_card(origin: Provenance, form: Form) -> str:

@@ -1,5 +1,6 @@
 """A measurement that somebody made of a model, from what `hivegrpo evaluate` wrote, as tables of its card."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -43,40 +44,60 @@ class _Benchmark(_Part):
     scores: list[_Score]
 
 
-class _Results(_Part):
+class _Model(_Part):
+    revision: str
+    title: str
+    identity: dict[str, str]
+    """As of `provenance.identity_of`."""
+
+
+class Results(_Part):
+    """The content of a results.json, as far as a card shows it."""
+
     format: Literal[1]
     level: float = Field(gt=0.0, lt=1.0)
+    models: list[_Model]
     benchmarks: list[_Benchmark]
 
+    def tables(self, identity: Mapping[str, str]) -> list[list[Row]]:
+        """A table for each benchmark, a row a figure; ConfigError unless the model of this identity was measured."""
+        if all(model.identity != identity for model in self.models):
+            measured = ", ".join(model.title for model in self.models) or "nothing"
+            raise ConfigError(
+                f"The evaluation is not of the model that is exported: it measured {measured}.",
+                "Evaluate the version that you export, or leave out --evaluation.",
+            )
+        titles = {model.revision: model.title for model in self.models}
+        return [self._table(benchmark, titles) for benchmark in self.benchmarks if benchmark.scores]
 
-def read_evaluation(path: Path) -> list[list[Row]]:
-    """A table for each benchmark in a results.json of `hivegrpo evaluate`; ConfigError if it is none."""
+    def _table(self, benchmark: _Benchmark, titles: Mapping[str, str]) -> list[Row]:
+        head = f"{benchmark.name}, {benchmark.problems} problems"
+        rows = [
+            {
+                head: titles.get(score.revision, score.revision),
+                "figure": score.metric,
+                f"mean [{self.level:.0%} interval]": str(score),
+            }
+            | ({"without what training has seen": str(score.clean)} if score.clean is not None else {})
+            for score in benchmark.scores
+        ]
+        return rows[:MOST_LINES]
+
+
+def read_evaluation(path: Path) -> Results:
+    """What a results.json of `hivegrpo evaluate` says; ConfigError if it is none."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise ConfigError(f"{path} has more than {MAX_BYTES} bytes.", HINT)
-        results = _Results.model_validate_json(content)
+        return Results.model_validate_json(content)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error}.", HINT) from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(
-            f"{path} is not what it should be: {where}: {first['msg']}.".replace(": :", ":"), HINT
-        ) from None
-    return [_table(benchmark, results.level) for benchmark in results.benchmarks if benchmark.scores]
-
-
-def _table(benchmark: _Benchmark, level: float) -> list[Row]:
-    """A row a figure."""
-    title = f"{benchmark.name}, {benchmark.problems} problems"
-    rows = [
-        {title: score.revision, "figure": score.metric, f"mean [{level:.0%} interval]": str(score)}
-        | ({"without what training has seen": str(score.clean)} if score.clean is not None else {})
-        for score in benchmark.scores
-    ]
-    return rows[:MOST_LINES]
+        where = "".join(f"{part}: " for part in first["loc"])
+        raise ConfigError(f"{path} is not what it should be: {where}{first['msg']}.", HINT) from None
 
 
 HINT = "Give the results.json in the folder that `hivegrpo evaluate` names."

@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,11 @@ import torch
 from hivegrpo.peer.inference.answering import ORIGIN_FILE
 from hivegrpo.peer.inference.card import Form, model_card
 from hivegrpo.peer.inference.chat_template import adopt_training_template
-from hivegrpo.peer.inference.evaluated import Row
+from hivegrpo.peer.inference.evaluated import Results, Row
 from hivegrpo.peer.inference.license import base_license
 from hivegrpo.peer.inference.load import load
 from hivegrpo.peer.inference.merge import merge
-from hivegrpo.peer.inference.provenance import Provenance, provenance_of
+from hivegrpo.peer.inference.provenance import Provenance, identity_of, provenance_of
 from hivegrpo.peer.learn.base import CARD
 from hivegrpo.peer.learn.encoding import end_token_ids
 from hivegrpo.peer.learn.policy import Policy
@@ -40,15 +40,15 @@ class Options:
     """Precision of merged weights; the run's base's if left out."""
     license: str | None = None
     """Identifier; what the base's card says if left out."""
-    evaluation: Sequence[Sequence[Row]] = field(default=())
-    """Tables for the card, as `evaluated.read_evaluation` gives them."""
+    evaluation: Results | None = None
+    """For the card: of the same model."""
 
 
 def export(run: str | None, to: Path, revision: str = "latest", options: Options | None = None) -> Path:
     """Write RUN's policy at `revision` into the folder `to`, whole or not at all; `to` itself is returned.
 
-    ConfigError if `to` holds something already, or an adapter is asked for where there is none, or in a precision; else
-    as `load`.
+    ConfigError if `to` holds something already, an adapter is asked for where there is none, or in a precision, or the
+    evaluation is of another model; else as `load`.
     """
     options = options or Options()
     if options.adapter and options.dtype is not None:
@@ -58,7 +58,9 @@ def export(run: str | None, to: Path, revision: str = "latest", options: Options
     if options.adapter and trained.version is None:
         raise ConfigError("The base has no adapter.", "Leave out --adapter, or choose another --revision.")
     origin = provenance_of(trained.run, trained.version)
-    write_policy(to, origin, trained.policy, trained.tokenizer, trained.base, options)
+    measured = options.evaluation
+    tables = measured.tables(identity_of(trained.run, trained.version)) if measured is not None else ()
+    write_policy(to, origin, trained.policy, trained.tokenizer, trained.base, options, tables)
     return to
 
 
@@ -75,10 +77,11 @@ def write_policy(
     tokenizer: "PreTrainedTokenizerBase",
     base: Path,
     options: Options,
+    measured: Sequence[Sequence[Row]] = (),
 ) -> None:
     """Write a policy's folder with all that belongs to it; uses the policy up.
 
-    base: folder of the base model. ConfigError as `export`.
+    base: folder of the base model. measured: tables for the card. ConfigError as `export`.
     """
     config = origin.config
     sampling = generation_config(policy.model.generation_config, tokenizer, config.grpo)
@@ -96,7 +99,7 @@ def write_policy(
         rounding=rounding,
         prompts_reproduced=reproduced,
         license=options.license or base_license(base),
-        evaluation=options.evaluation,
+        evaluation=measured,
     )
     files = {CARD: model_card(origin, form), ORIGIN_FILE: json.dumps(origin.origin(), indent=1)}
     _write(to, [(model, saving), (tokenizer, {}), (sampling, {})], files)

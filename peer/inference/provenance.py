@@ -9,6 +9,7 @@ from hivegrpo.peer.inference.locate import LocalRun
 from hivegrpo.protocol.config import RunConfig
 
 ACCURACY = "eval/accuracy"
+BASE_PARTS = ("base", "chat_template", "tokenizer")
 FORMAT = 1
 
 Measured = tuple[int, float]
@@ -71,6 +72,13 @@ def provenance_of(run: LocalRun, version: int | None) -> Provenance:
         held_out=chain.manifest.message.digests.get("evaluation", b"").hex() or None,
         contributors=tuple(frozenset(contributor.peer for contributor in peers) for peers in contributors),
     )
+
+
+def identity_of(run: LocalRun, version: int | None) -> dict[str, str]:
+    """What tells a model from all others: a version's run and state root, or digests of the parts of the base."""
+    if version is None:
+        return {part: run.chain.manifest.message.digests[part].hex() for part in BASE_PARTS}
+    return {"run": run.chain.run_id, "state_root": run.chain.entries[version].manifest.message.state.root.hex()}
 
 
 def accuracies(metrics: Iterable[tuple[int, Mapping[str, float]]]) -> tuple[Measured, ...]:
