@@ -267,7 +267,8 @@ def evaluate(
     ] = None,
     reward: Annotated[str | None, typer.Option(help="Function that scores; the run's first if left out.")] = None,
     samples: Annotated[
-        int | None, typer.Option("--samples", "-n", help="Completions to sample of each problem.")
+        int | None,
+        typer.Option("--samples", "-n", help="Completions to sample of each problem; only greedy if left out."),
     ] = None,
     k: Annotated[list[int] | None, typer.Option("-k", help="For pass@k and maj@k; 1 and n if left out.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of the samples; the training's if left out.")] = None,
@@ -344,10 +345,12 @@ def simulate(
     ] = None,
     faults: Annotated[
         str,
-        typer.Option(help='"none", "all", or rates: churn=0.2,loss=0.05,crashes,coordinator,partitions,slow,liars.'),
+        typer.Option(
+            help='"none", "all", or rates, as churn=0.2,loss=0.05; also crashes, coordinator, partitions, slow, liars.'
+        ),
     ] = "none",
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="A run.toml whose [grpo], [averaging] and [timing] count.")
+        Path | None, typer.Option("--config", "-c", help="A run.toml whose sections grpo, averaging and timing count.")
     ] = None,
     values: Annotated[int, typer.Option(min=1, help="Length of the vector that is averaged.")] = 400_000,
     speed: Annotated[float, typer.Option(min=0.001, help="Groups a second of the median peer.")] = 0.5,

@@ -32,8 +32,11 @@ def latest_run(state: Path | None = None) -> Path:
 
 
 @contextmanager
-def locked_home(home: Path) -> Iterator[Path]:
-    """Hold a home folder for this process; BusyError if another one has it. The lock ends with the process."""
+def locked_home(home: Path, flag: str = "--home") -> Iterator[Path]:
+    """Hold a home folder for this process; BusyError if another one has it. The lock ends with the process.
+
+    flag: of the command, which names another folder.
+    """
     home.mkdir(parents=True, exist_ok=True)
     handle = os.open(home / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -42,7 +45,7 @@ def locked_home(home: Path) -> Iterator[Path]:
         except BlockingIOError:
             raise BusyError(
                 f"The home folder {home} is in use by another process.",
-                "Stop that process, or give this one a folder of its own with --home.",
+                f"Stop that process, or give this one a folder of its own with {flag}.",
             ) from None
         yield home
     finally:

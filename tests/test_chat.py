@@ -301,7 +301,7 @@ def test_a_history_that_is_too_long_is_said_once(talk: Typed, monkeypatch: pytes
     tokenizer.chat_template = TEMPLATE
     monkeypatch.setattr("hivegrpo.peer.inference.load.load_tokenizer", lambda _: tokenizer)
     _, _, err = talk("9" * 30, "8" * 30, "7" * 30, "dog", max_new_tokens=4)
-    assert err.count("(cut after 4 tokens") == 3
+    assert err.count("(cut at --max-new-tokens 4)") == 3
     assert err.count("its beginning is left out") == 1
     assert "refuses a prompt: TemplateError: no ?dogs" in err
 

@@ -55,7 +55,7 @@ def evaluate(
                 models.append(identify(answering, source, revision))
                 if not exams:
                     folder = to if to is not None else _folder_of(answering, models[0])
-                    stack.enter_context(locked_home(folder))
+                    stack.enter_context(locked_home(folder, "--to"))
                     exams = prepare_exams(config, answering, training_of(answering, source), settings)
                     for exam in exams:
                         stack.enter_context(exam.pool)

@@ -95,7 +95,9 @@ def _identity(origin: Provenance) -> Iterable[tuple[str, str]]:
 
 
 def _use(origin: Provenance, form: Form) -> str:
-    parts = [f"```python\n{loading_code(origin.config.model, adapter=form.adapter)}\n```"]
+    model = origin.config.model
+    parts = [FIRST_THE_BASE] if form.adapter and model.name is None else []
+    parts.append(f"```python\n{loading_code(model, adapter=form.adapter, prompt=origin.example)}\n```")
     parts += [] if form.prompts_reproduced else [NOT_REPRODUCED]
     parts.append("The adapter is in float32, as it was trained." if form.adapter else _rounding(form))
     return "\n\n".join(parts)
@@ -217,6 +219,10 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([head, "|---" * len(rows[0]) + "|", *lines])
 
 
+FIRST_THE_BASE = (
+    "The adapter needs the base that came with the run, in a folder `base`:\n\n"
+    "    hivegrpo export ADDRESS --revision base --to base"
+)
 NOT_REPRODUCED = (
     "This tokenizer treats a text otherwise after its first special token, so the chat template does not give exactly "
     "the training's prompts: encode plain text with `tokenizer(text)` instead."

@@ -11,13 +11,12 @@ import torch
 
 from hivegrpo.peer.inference.answering import Answering, open_answering
 from hivegrpo.peer.inference.conversation import Conversation
-from hivegrpo.peer.inference.locate import LocalRun, is_address
+from hivegrpo.peer.inference.example import example_prompt
+from hivegrpo.peer.inference.locate import is_address
 from hivegrpo.peer.inference.screen import Screen
 from hivegrpo.peer.inference.thinking import Piece
 from hivegrpo.peer.inference.transcript import save
-from hivegrpo.peer.learn.data import PROMPT, Prompts
 from hivegrpo.peer.learn.weights import Quantization
-from hivegrpo.peer.swarm.versions import ref_of
 from hivegrpo.protocol.errors import ConfigError, HiveError
 
 KEYS = "Ctrl-C stops an answer; Ctrl-D or /exit ends, as does Ctrl-C twice; /help has more."
@@ -66,7 +65,7 @@ def chat(
         if prompt is None:
             return talk.listen()
         try:
-            talk.ask(sys.stdin.read() if prompt == "-" else prompt)
+            talk.ask(_all_of_stdin() if prompt == "-" else prompt)
         except KeyboardInterrupt:
             return INTERRUPTED
         return 0
@@ -106,7 +105,7 @@ class Talk:
             import readline  # noqa: F401  # gives `input` line editing and a history
         conversation = self._conversations[-1]
         trained = conversation.answering.trained
-        example = _example(trained.run) if trained is not None and not conversation.remembers else None
+        example = example_prompt(trained.run) if trained is not None and not conversation.remembers else None
         self._screen.say(KEYS if example is None else f"{KEYS} It was trained on prompts like {example!r}.")
         invitation = "> " if self._screen.asks and self._screen.is_terminal else ""
         interrupted = False
@@ -148,7 +147,7 @@ class Talk:
             raise
         for conversation in self._conversations:
             if conversation.exchanges[-1].cut:
-                self._screen.say(f"(cut after {conversation.max_new_tokens} tokens: --max-new-tokens)")
+                self._screen.say(f"(cut at --max-new-tokens {conversation.max_new_tokens})")
 
     def _take(self, line: str) -> None:
         """One line: a prompt, a command, or nothing."""
@@ -224,11 +223,6 @@ class Talk:
         self._screen.say(opened.title)
 
 
-def _example(run: LocalRun) -> str | None:
-    """A prompt of the run's held-out rows, or of its training rows, if they are here."""
-    manifest = run.chain.manifest.message
-    for file in (manifest.evaluation, manifest.dataset):
-        if file.name and run.has(ref_of(file.blob)):
-            first, _, _ = run.read(ref_of(file.blob), "the dataset").partition(b"\n")
-            return str(Prompts.from_jsonl(first).rows[0][PROMPT])
-    return None
+def _all_of_stdin() -> str:
+    """Without the line end that a text file has after its last line: a prompt had none in training."""
+    return sys.stdin.read().removesuffix("\n").removesuffix("\r")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hivegrpo.peer.inference.cost import Cost, cost_of
+from hivegrpo.peer.inference.example import example_prompt
 from hivegrpo.peer.inference.locate import LocalRun
 from hivegrpo.protocol.config import RunConfig
 
@@ -36,6 +37,8 @@ class Provenance:
     """SHA-256 of the canonical rows that accuracy is measured on, as the run manifest has it."""
     contributors: tuple[frozenset[str], ...] = ()
     """Peers in each version up to this one."""
+    example: str | None = None
+    """A prompt like those of the training."""
 
     @property
     def revision(self) -> int | str:
@@ -71,6 +74,7 @@ def provenance_of(run: LocalRun, version: int | None) -> Provenance:
         coordinator=chain.coordinator,
         held_out=chain.manifest.message.digests.get("evaluation", b"").hex() or None,
         contributors=tuple(frozenset(contributor.peer for contributor in peers) for peers in contributors),
+        example=example_prompt(run),
     )
 
 

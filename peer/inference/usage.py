@@ -3,9 +3,14 @@
 from hivegrpo.protocol.config import ModelSection
 
 
-def loading_code(model: ModelSection, *, adapter: bool) -> str:
-    """Python for transformers, and peft for an adapter on the base that `model` names."""
-    return "\n".join([*(_adapter(model) if adapter else MERGED), *ASK])
+def loading_code(model: ModelSection, *, adapter: bool, prompt: str | None = None) -> str:
+    """Python for transformers, and peft for an adapter on the base that `model` names.
+
+    prompt: what is asked, if it is short and plain; strangers wrote it, and it stands in a card's block of code.
+    """
+    plain = prompt is not None and len(prompt) <= MOST_CHARACTERS and prompt.isascii() and "`" not in prompt
+    asked = ASK.format(prompt=repr(prompt) if plain else '"2+2="')
+    return "\n".join([*(_adapter(model) if adapter else MERGED), asked])
 
 
 def _adapter(model: ModelSection) -> list[str]:
@@ -31,25 +36,25 @@ def _adapter(model: ModelSection) -> list[str]:
 
 
 FOLDER = 'folder = "."  # this folder, or its name on the hub'
-BASE = 'base = "base"  # the run\'s own: hivegrpo export RUN --revision base --to base'
+BASE = 'base = "base"  # the run\'s own'
 MERGED = (
     "from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig",
     "",
     FOLDER,
     "model = AutoModelForCausalLM.from_pretrained(folder)",
 )
-ASK = (
-    "tokenizer = AutoTokenizer.from_pretrained(folder)",
-    "",
-    'messages = [{"role": "user", "content": "2+2="}]',
-    "inputs = tokenizer.apply_chat_template(",
-    '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
-    ")",
-    "output = model.generate(",
-    '    inputs["input_ids"],',
-    '    attention_mask=inputs["attention_mask"],',
-    "    generation_config=GenerationConfig.from_pretrained(folder),",
-    ")",
-    'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+ASK = """\
+tokenizer = AutoTokenizer.from_pretrained(folder)
+
+messages = [{{"role": "user", "content": {prompt}}}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
 )
+output = model.generate(
+    inputs["input_ids"],
+    attention_mask=inputs["attention_mask"],
+    generation_config=GenerationConfig.from_pretrained(folder),
+)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
 """The template gives the training's prompts, the generation config its sampling."""
+MOST_CHARACTERS = 200

@@ -46,7 +46,9 @@ def read_source(source: Rows, default_split: str, columns: frozenset[str] | None
             return _read_parquet(source)
         data = source.path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{title_of(source)} cannot be read: {error}.", "Check path in run.toml.") from None
+        raise ConfigError(
+            f"{title_of(source)} cannot be read: {error}.", "Check that this is the file, and whole."
+        ) from None
     return read_lines(data, str(source.path)) if source.path.suffix == ".jsonl" else _read_csv(data, str(source.path))
 
 
@@ -98,7 +100,9 @@ def _read_parquet(source: Rows) -> list[Row]:
     try:
         rows: list[Row] = parquet.read_table(source.path).to_pylist()
     except ArrowException as error:
-        raise ConfigError(f"{title_of(source)} is not Parquet: {error}.", "Check path in run.toml.") from None
+        raise ConfigError(
+            f"{title_of(source)} is not Parquet: {error}.", "Check that this is the file, and whole."
+        ) from None
     return rows
 
 
