@@ -210,10 +210,13 @@ def test_commands(talk: Typed, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("made")
-def test_all_of_stdin_is_one_prompt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever bytes are in it."""
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
+def test_all_of_stdin_is_one_prompt(
+    end: bytes, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever bytes are in it, but for the end of its last line."""
     expected = greedy(load(None, "latest", "cpu"), "1+1\n2+2\N{REPLACEMENT CHARACTER}")
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"1+1\n2+2\xff"), encoding="utf-8"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"1+1\n2+2\xff" + end), encoding="utf-8"))
     capsys.readouterr()
     assert chat(None, prompt="-", device="cpu") == 0
     assert capsys.readouterr().out == f"{expected}\n"
