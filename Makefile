@@ -17,8 +17,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-test: install  ## every test
-	$(BIN)/python -m pytest
+test: install  ## every test: those without processes of their own on two cores
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -m slow
 
 parity: install  ## the tests against TRL alone
 	$(BIN)/python -m pytest -m parity
