@@ -3,13 +3,14 @@
 import asyncio
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from support.serving import CONTEXT, NAME, Script, serving, within, write_folder
 
 from hivegrpo.peer.serving.prompts import PromptReader
@@ -216,6 +217,48 @@ def test_what_is_no_request_is_refused(body: bytes) -> None:
     with pytest.raises(Refusal) as refused:
         read_completion(body)
     assert refused.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("read", "given"),
+    [
+        (read_chat, {"messages": [{"role": "user", "content": [0] * 10_000}]}),
+        (read_chat, {"messages": [0] * 10_000}),
+        (read_chat, {"messages": [{"role": "user", "content": "x"} | dict.fromkeys(map(str, range(10_000)), 0)]}),
+        (read_chat, {"messages": [{"role": "user", "content": [0] * 200}] * 200}),
+        (read_completion, {"prompt": [0] * 10_000}),
+        (read_completion, {"prompt": "x", "stop": [0] * 10_000}),
+        (read_completion, {"prompt": "x"} | dict.fromkeys(map(str, range(10_000)), 0)),
+    ],
+    ids=["parts", "messages", "names in a message", "parts of messages", "prompts", "stops", "names"],
+)
+def test_a_request_with_many_errors_costs_as_much_as_one_with_few(
+    read: Callable[[bytes], object], given: dict[str, object]
+) -> None:
+    """Each that pydantic collects takes time and memory, in which nobody else is answered."""
+    with pytest.raises(Refusal) as refused:
+        read(json.dumps({"model": NAME, **given}).encode())
+    collected = refused.value.__context__
+    assert isinstance(collected, ValidationError)
+    assert collected.error_count() <= 3  # each of the types that it may have says what it misses
+
+
+def test_a_body_is_read_only_in_a_place_of_the_queue(folder: Path, reader: PromptReader) -> None:
+    """Bodies that are on their way take memory: the queue bounds how many there are."""
+
+    async def ask() -> None:
+        async with serving(folder, reader, Script(), queue=1) as bed:
+            host, port = bed.url.removeprefix("http://").split(":")
+            asking, answering = await asyncio.open_connection(host, int(port))
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json"
+            answering.write(f"{head}\r\ncontent-length: 100\r\nexpect: 100-continue\r\n\r\n".encode())
+            async with asyncio.timeout(10):
+                assert b" 100 " in await asking.readline()  # the body is waited for
+            with pytest.raises(openai.RateLimitError):
+                await bed.client.completions.create(model=NAME, prompt="x")
+            answering.close()
+
+    asyncio.run(ask())
 
 
 def test_an_unknown_model_is_not_found(folder: Path, reader: PromptReader) -> None:

@@ -92,10 +92,11 @@ class _Endpoint:
         # A page in a browser can send anything but this to another site unasked.
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refusal(415, None, "The request's content-type is not application/json.")
-        wanted = read(await read_body(request, self._rules.max_body_bytes, BODY_SECONDS))
-        self._require_name(wanted.model)
         async with AsyncExitStack() as closing:
+            # Before the body is read: so the queue bounds the memory that bodies take.
             closing.enter_context(self._place())
+            wanted = read(await read_body(request, self._rules.max_body_bytes, BODY_SECONDS))
+            self._require_name(wanted.model)
             engine = closing.enter_context(self._engines.current.request())
             answers = await unless_gone(request.receive, Answers.prepare(wanted, engine))
             if not wanted.stream:

@@ -139,6 +139,7 @@ async def listening(app: FastAPI) -> AsyncIterator[str]:
     """The app on a free port of loopback; its base URL."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
+        listener.listen()
         config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1)
         server = QuietServer(config)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
