@@ -348,12 +348,59 @@ def test_keys_are_asked_for(folder: Path, reader: PromptReader) -> None:
     asyncio.run(ask())
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "localhost:8000"}, 200),
+        ({"host": "[::1]:8000"}, 200),
+        ({"host": "127.0.0.1", "origin": "http://127.0.0.1"}, 200),
+        ({"host": "evil.example"}, 403),
+        ({"host": "evil.example:8000", "origin": "http://evil.example:8000"}, 403),
+        ({"host": "127.0.0.1.evil.example"}, 403),
+        ({"host": "[::1"}, 403),
+        ({"host": "localhost:8000", "origin": "http://evil.example"}, 403),
+        ({"host": "localhost:8000", "origin": "http://localhost:3000"}, 403),
+        ({"host": "localhost:8000", "origin": "null"}, 403),
+    ],
+    ids=str,
+)
+def test_without_a_key_no_web_page_gets_in(
+    folder: Path, reader: PromptReader, headers: dict[str, str], status: int
+) -> None:
+    async def ask() -> None:
+        async with serving(folder, reader, Script()) as bed:
+            for method, path, body in (
+                ("POST", "/v1/completions", {"model": NAME, "prompt": "x"}),
+                ("GET", "/health", None),
+            ):
+                response = await bed.post(path, method=method, json=body, headers=headers)
+                assert response.status_code == status
+                if status == 403:
+                    assert response.json()["error"]["type"] == "invalid_request_error"
+
+    asyncio.run(ask())
+
+
+def test_with_a_key_the_host_is_free(folder: Path, reader: PromptReader) -> None:
+    """Reverse proxies pass on the name that the client asked for."""
+
+    async def ask() -> None:
+        async with serving(folder, reader, Script(), api_key="sesame") as bed:
+            headers = {"host": "models.example", "authorization": "Bearer sesame"}
+            response = await bed.post("/v1/completions", json={"model": NAME, "prompt": "x"}, headers=headers)
+            assert response.status_code == 200
+
+    asyncio.run(ask())
+
+
 async def chunked(url: str, kibibytes: int) -> bytes:
     """All that is answered, until the connection closes, to a body whose length is not told and which has no end."""
     host, port = url.removeprefix("http://").split(":")
     asking, answering = await asyncio.open_connection(host, int(port))
-    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked"
-    answering.write(f"{head}\r\n\r\n".encode() + kibibytes * (b"400\r\n" + b"x" * 1024 + b"\r\n"))
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json"
+    answering.write(
+        f"{head}\r\ntransfer-encoding: chunked\r\n\r\n".encode() + kibibytes * (b"400\r\n" + b"x" * 1024 + b"\r\n")
+    )
     async with asyncio.timeout(10):
         answer = await asking.read()
     answering.close()

@@ -159,9 +159,9 @@ class Bed:
     script: Script
     engine: Engine
 
-    async def post(self, path: str, **options: Any) -> httpx2.Response:
+    async def post(self, path: str, method: str = "POST", **options: Any) -> httpx2.Response:
         async with httpx2.AsyncClient(base_url=self.url, timeout=SECONDS, verify=NO_TLS) as client:
-            return await client.post(path, **options)
+            return await client.request(method, path, **options)
 
 
 class Alone:
