@@ -21,6 +21,8 @@ from hivegrpo.peer.serving.stops import StopCutter
 
 SURROGATE = rb'{"model": "m", "prompt": "\ud800"}'
 """Half a character, which JSON can say and no tokenizer can read."""
+DEEP = b'{"model": "m", "prompt": "p", "metadata": ' + b"[" * 700 + b"]" * 700 + b"}"
+"""Python reads what it cannot go through."""
 ASK = [{"role": "user", "content": "hi"}]
 
 
@@ -185,7 +187,10 @@ def test_stop_strings_do_not_depend_on_how_the_text_is_cut(text: str, stops: lis
         ({"n": MAX_CHOICES + 1}, "n"),
         ({"n": True}, "n"),
         ({"seed": 2**63}, "seed"),
-        ({"stop": [""]}, "stop"),
+        ({"stop": [""]}, "stop.0"),
+        ({"stream": 5}, "stream"),
+        ({"streams": True}, "streams"),
+        ({"stream": True, "stream_options": {"string": True}}, "stream_options.string"),
         ({"stop": ["x"] * 5}, "stop"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"messages": []}, "messages"),
@@ -212,7 +217,23 @@ def test_what_asks_for_nothing_is_taken() -> None:
     assert read_completion(b'{"model": "m", "prompt": "p", "echo": false, "best_of": 1}').max_tokens == 16
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"model": 1e999}', SURROGATE])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"model": 1e999}',
+        SURROGATE,
+        SURROGATE.replace(rb"\ud800", b"\xed\xa0\x80"),
+        SURROGATE.decode().encode("utf-16"),
+        DEEP,
+        DEEP.replace(b"metadata", b"prompt"),
+        DEEP.replace(b"metadata", b"else"),
+    ],
+)
 def test_what_is_no_request_is_refused(body: bytes) -> None:
     with pytest.raises(Refusal) as refused:
         read_completion(body)

@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -21,6 +22,9 @@ MAX_PARTS = 256
 """Of one message's content."""
 SHOWN = 100
 """Characters of what the client wrote that a refusal repeats."""
+
+_TYPE = re.compile(r"(constrained-)?str$|(constrained|list|function)[-\[]")
+"""What pydantic calls the types of our fields."""
 
 NEUTRAL = {
     "best_of": ("1",),
@@ -170,9 +174,8 @@ def _wanted(request: _Request, chat: bool, prompts: tuple[Prompt, ...], max_toke
 
 def _read(kind: type[_AnyRequest], body: bytes) -> _AnyRequest:
     try:
-        values = json.loads(body)
-        if b"\\ud" in body.lower():  # half of a surrogate pair is JSON, and no text
-            json.dumps(values, ensure_ascii=False).encode()
+        values = json.loads(body.decode())
+        json.dumps(values, ensure_ascii=False).encode()  # half of a surrogate pair is JSON, and no text
     except (ValueError, RecursionError) as error:
         raise invalid(f"The request is not JSON: {error}.") from None
     if not isinstance(values, dict):
@@ -189,9 +192,10 @@ def _read(kind: type[_AnyRequest], body: bytes) -> _AnyRequest:
 
 
 def _refusal(error: ValidationError) -> Refusal:
-    first = error.errors(include_url=False)[0]
-    # Of a choice between types, pydantic adds the type to the place.
-    names = [str(part) for part in first["loc"] if not str(part).startswith(("constrained", "list[", "str"))]
+    # Of a choice between types, pydantic tells what each misses, and adds the type to the place: the longest place is
+    # that of the type which was meant.
+    first = max(error.errors(include_url=False, include_input=False), key=lambda one: len(one["loc"]))
+    names = [str(part) for part in first["loc"] if not _TYPE.match(str(part))]
     if first["type"] == "unknown_name":
         names.append(first["ctx"]["name"])
     place = ".".join(names)[:SHOWN]
