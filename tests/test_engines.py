@@ -337,11 +337,45 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(folder: Path, mo
 
 
 def test_a_folder_of_another_version_is_not_served(tmp_path: Path) -> None:
+    write_plain(tmp_path)
     (tmp_path / "hivegrpo.json").write_text('{"format": 1, "run": "addition", "version": 7}')
     assert folder_release(tmp_path) == Release(tmp_path, "addition", "7")
     assert folder_release(tmp_path, "7").version == "7"
     with pytest.raises(ConfigError, match="holds one version: 7"):
         folder_release(tmp_path, "8")
+
+
+def write_plain(folder: Path) -> Path:
+    write_folder(folder)
+    (folder / "model.safetensors").touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("pytorch_model.bin", ""),
+        ("model.pt", ""),
+        ("model.pth", ""),
+        ("adapter_config.json", "{}"),
+        ("model.safetensors", None),
+        ("config.json", '{"model_type": "qwen2", "architectures": ["CLIPModel"]}'),
+        ("config.json", '{"model_type": "qwen2"}'),
+        ("config.json", '{"model_type": "clip", "architectures": ["Qwen2ForCausalLM"]}'),
+        ("model.safetensors.index.json", '{"weight_map": {"lm_head.weight": "weights.dat"}}'),
+        ("model.safetensors.index.json", '{"weight_map": {"lm_head.weight": "../model.safetensors"}}'),
+        ("model.safetensors.index.json", "[" * 100_000),
+    ],
+)
+def test_only_plain_weights_of_a_built_in_model_are_served(tmp_path: Path, name: str, text: str | None) -> None:
+    """`transformers serve` would load the rest: pickles, and what an adapter names."""
+    folder = write_plain(tmp_path)
+    assert folder_release(folder).folder == folder
+    (folder / name).unlink(missing_ok=True)
+    if text is not None:
+        (folder / name).write_text(text)
+    with pytest.raises(ConfigError):
+        folder_release(folder)
 
 
 STUBBORN = (
