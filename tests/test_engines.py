@@ -18,6 +18,7 @@ from support.programs import gone
 from support.serving import NAME, Script, client_of, fake_engine, listening, within, write_folder
 
 from hivegrpo.cli.launch_serve import launch
+from hivegrpo.peer.serving import engine as engine_module
 from hivegrpo.peer.serving import engines as engines_module
 from hivegrpo.peer.serving import releases as releases_module
 from hivegrpo.peer.serving import source as source_module
@@ -378,6 +379,16 @@ def test_only_plain_weights_of_a_built_in_model_are_served(tmp_path: Path, name:
         folder_release(folder)
 
 
+LISTENING = (
+    "import http.server, sys\n"
+    "class Handler(http.server.BaseHTTPRequestHandler):\n"
+    "    def do_GET(self):\n"
+    "        self.send_response(200), self.end_headers()\n"
+    "    def do_POST(self):\n"
+    "        self.send_response(200), self.send_header('content-type', 'text/event-stream'), self.end_headers()\n"
+    '        self.wfile.write(b\'data: {"choices": [{"text": "x", "finish_reason": "stop"}]}\\n\\n\')\n'
+    "http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), Handler).serve_forever()\n"
+)
 STUBBORN = (
     "import os, signal, subprocess, time\n"
     "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -436,6 +447,40 @@ def test_an_engine_that_ends_while_it_starts_says_why(folder: Path) -> None:
     async def start() -> None:
         with pytest.raises(HiveError, match="no such device"):
             await Launcher(Broken("cpu"))(Release(folder, NAME, "1"))
+
+    asyncio.run(start())
+
+
+def test_a_port_that_somebody_else_took_gets_no_prompt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine sleeps; at its port this process answers, whose first two ports are taken so."""
+
+    class Late(Transformers):
+        def command(self, port: int) -> list[str]:
+            return ["sleep", "1000"]
+
+    async def start() -> None:
+        script = Script()
+        async with listening(script.app()) as url:
+            ports = iter([int(url.rpartition(":")[2])] * 2)
+            monkeypatch.setattr(engine_module, "_free_port", lambda: next(ports))
+            with pytest.raises(HiveError, match="took the engine's port"):
+                await Launcher(Late("cpu"))(Release(folder, NAME, "1"))
+        assert next(ports, None) is None  # it has tried all of them
+        assert script.requests == []
+
+    monkeypatch.setattr(engine_module, "MAX_PORTS", 2)
+    asyncio.run(start())
+
+
+def test_an_engine_at_its_own_port_is_asked(folder: Path) -> None:
+    class Small(Transformers):
+        def command(self, port: int) -> list[str]:
+            return [sys.executable, "-c", LISTENING, str(port)]
+
+    async def start() -> None:
+        engine = await Launcher(Small("cpu"))(Release(folder, NAME, "1"))
+        assert engine.child.running
+        await engine.close()
 
     asyncio.run(start())
 
