@@ -20,6 +20,7 @@ from support.serving import NAME, Script, client_of, fake_engine, listening, wit
 from hivegrpo.cli.launch_serve import launch
 from hivegrpo.peer.serving import engine as engine_module
 from hivegrpo.peer.serving import engines as engines_module
+from hivegrpo.peer.serving import process as process_module
 from hivegrpo.peer.serving import releases as releases_module
 from hivegrpo.peer.serving import source as source_module
 from hivegrpo.peer.serving.app import Rules, build_app
@@ -249,6 +250,62 @@ def test_a_release_is_tried_so_often_and_not_for_ever(monkeypatch: pytest.Monkey
             await source.close()
 
     asyncio.run(follow())
+
+
+def test_a_switch_that_breaks_otherwise_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing would be followed any more, and nothing would say so."""
+
+    class Broken(Told):
+        async def switch(self, release: Release) -> None:
+            raise LookupError("nobody thought of this")
+
+    async def follow() -> None:
+        source, _ = source_of(monkeypatch, f"{says(1)}{says(2)}{WAIT}")
+        try:
+            await source.first()
+            async with asyncio.timeout(10):
+                with pytest.raises(LookupError, match="nobody thought"):
+                    await source.follow(Broken())
+        finally:
+            await source.close()
+
+    asyncio.run(follow())
+
+
+def test_an_export_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def follow() -> None:
+        source, told = source_of(monkeypatch, "")
+        source._command = ["\0"]
+        following = asyncio.create_task(source.follow(Told()))
+        await within(lambda: told != [] and "no longer" in told[-1]["message"])
+        assert ["The export failed" in record["message"] for record in told[:-1]] == [True] * source_module.MAX_STARTS
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+
+    asyncio.run(follow())
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("config.json", "[]"), ("config.json", None), ("generation_config.json", "[]")]
+)
+def test_a_folder_that_is_no_model_is_said_and_leaves_nothing(tmp_path: Path, name: str, text: str | None) -> None:
+    broken = write_folder(tmp_path / "broken", template=None)
+    (broken / name).unlink(missing_ok=True)
+    if text is not None:
+        (broken / name).write_text(text)
+
+    class Late(Transformers):
+        def command(self, port: int) -> list[str]:
+            return ["sleep", "1000"]
+
+    async def start() -> None:
+        with pytest.raises(HiveError):
+            await Launcher(Late("cpu"))(Release(broken, NAME, "1"))
+
+    asyncio.run(start())
+    assert not process_module._alive
+    prune(tmp_path, tmp_path / "other")
+    assert not broken.exists()  # nobody holds it
 
 
 def test_an_export_that_fails_at_first_ends_with_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,8 @@ from hivegrpo.protocol.errors import HiveError, RemoteError
 START_SECONDS = 1800.0
 """How long an engine may take to load a model."""
 POLL_SECONDS = 0.1
+BROKEN = (OSError, ValueError, TypeError, AttributeError, RecursionError)
+"""What a machine without room for another process raises, and a folder that is not what it seems."""
 MAX_PORTS = 3
 """Tried for one start: another program of this machine may take a port before the engine has it."""
 TURN_SECONDS = 600.0
@@ -165,19 +167,28 @@ class Launcher:
 
     async def __call__(self, release: Release) -> Engine:
         """An engine that is ready; HiveError if it does not get there, and nothing is left of it then."""
-        for _ in range(MAX_PORTS - 1):
-            with suppress(PortTakenError):
-                return await self._start(release, _free_port())
-        return await self._start(release, _free_port())
+        try:
+            for _ in range(MAX_PORTS - 1):
+                with suppress(PortTakenError):
+                    return await self._start(release, _free_port())
+            return await self._start(release, _free_port())
+        except BROKEN as error:
+            raise HiveError(f"The engine cannot be started: {type(error).__name__}: {error}.") from error
 
     async def _start(self, release: Release, port: int) -> Engine:
+        kept = ExitStack()
         with ExitStack() as keep:
             keep.enter_context(held(release.folder))
             reader = await asyncio.to_thread(PromptReader.open, release.folder)
             command = self.dialect.command(port)
             child = await Process.start(command, folder=release.folder, environment=engine_environment())
-            backend = Backend(f"http://127.0.0.1:{port}")
-            engine = Engine(release, child, backend, reader, self.dialect, keep.pop_all())
+            try:
+                backend = Backend(f"http://127.0.0.1:{port}")
+                engine = Engine(release, child, backend, reader, self.dialect, kept)
+            except BaseException:
+                await child.stop()
+                raise
+            kept.push(keep.pop_all())
         try:
             await engine.become_ready(port)
         except BaseException:
