@@ -554,9 +554,12 @@ def test_transformers_gets_the_whole_sampling_and_greedy_has_none() -> None:
     assert greedy.get("temperature") is None
 
 
-def test_an_engine_does_not_get_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HIVEGRPO_SERVE_API_KEY", "secret")
+@pytest.mark.parametrize("name", ["HIVEGRPO_SERVE_API_KEY", "hivegrpo_serve_api_key", "Hivegrpo_Serve_Api_Key"])
+def test_no_child_gets_the_key(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "secret")
+    assert ServeConfig.load().api_key.get_secret_value() == "secret"
     assert "secret" not in engine_environment().values()
+    assert "secret" not in source_module._environment().values()
     assert engine_environment()["HF_HUB_OFFLINE"] == "1"
 
 

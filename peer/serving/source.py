@@ -18,6 +18,8 @@ MAX_TRIES = 5
 """Starts of an engine on one release."""
 RETRY_SECONDS = 30.0
 """After the first start that failed; each further one waits twice as long."""
+KEY = "HIVEGRPO_SERVE_API_KEY"
+"""The variable with the clients' key, in any case: it is no business of a child's."""
 MAX_STARTS = 5
 """Of the exporting process, when it ends by itself."""
 
@@ -136,4 +138,4 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "HIVEGRPO_SERVE_API_KEY"}
+    return {name: value for name, value in os.environ.items() if name.upper() != KEY}
