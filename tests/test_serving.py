@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from support.serving import CONTEXT, NAME, Script, serving, within, write_folder
 
-from hivegrpo.peer.serving.prompts import PromptReader
+from hivegrpo.peer.learn.templates import refusal
+from hivegrpo.peer.serving.prompts import REST_SECONDS, PromptReader
 from hivegrpo.peer.serving.refusals import Refusal
 from hivegrpo.peer.serving.requests import MAX_CHOICES, read_chat, read_completion
 from hivegrpo.peer.serving.sampling import Defaults
 from hivegrpo.peer.serving.stops import StopCutter
+from hivegrpo.protocol.errors import ConfigError
 
 SURROGATE = rb'{"model": "m", "prompt": "\ud800"}'
 """Half a character, which JSON can say and no tokenizer can read."""
@@ -341,6 +343,48 @@ def test_a_template_that_refuses_is_the_clients_business(tmp_path: Path) -> None
             reader.close()
 
     asyncio.run(ask())
+
+
+class Exhausted:
+    """A renderer that has lost prompts of somebody's, until it forgets them."""
+
+    given_up = True
+
+    def forget(self) -> None:
+        self.given_up = False
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        if messages[0]["content"] == "loop":
+            self.given_up = True
+            raise refusal("took too long")
+        if messages[0]["content"] == "fork":
+            raise ConfigError("No process can be had.")
+        return messages[0]["content"]
+
+    def close(self) -> None:
+        pass
+
+
+def test_chat_comes_back_after_prompts_that_were_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client cannot switch it off for others; what is not the request's fault says to come again."""
+    now = 1000.0
+    monkeypatch.setattr("hivegrpo.peer.serving.prompts.time.monotonic", lambda: now)
+    reader = PromptReader.open(folder)
+    reader._renderer = Exhausted()
+
+    def status(text: str) -> int:
+        try:
+            reader._messages([{"role": "user", "content": text}])
+        except Refusal as refused:
+            return refused.status
+        return 200
+
+    assert [status("hi"), status("fork"), status("loop"), status("hi")] == [200, 503, 400, 503]
+    now += REST_SECONDS - 1.0
+    assert status("hi") == 503
+    now += 1.0
+    assert status("hi") == 200
+    reader.close()
 
 
 def test_the_client_decides_how_it_is_sampled_and_the_folder_what_it_leaves_out(folder: Path) -> None:
