@@ -23,6 +23,7 @@ try:
     from hivegrpo.peer.serving.releases import MODEL_FILE, Release, folder_release
     from hivegrpo.peer.serving.settings import ServeConfig
     from hivegrpo.peer.serving.source import Source
+    from hivegrpo.peer.serving.streaming import SEND_SECONDS
 except ModuleNotFoundError as missing:
     raise ConfigError(
         f"`hivegrpo serve` needs {missing.name}.", "Install it: pip install 'hivegrpo[serving]'."
@@ -95,11 +96,16 @@ async def _open(engines: Engines, release: Release) -> bool:
 
 @contextmanager
 def _listening(host: str, port: int) -> Generator[socket.socket, None, None]:
-    """A socket at an address, which nobody can connect to yet. BusyError if the port is taken."""
+    """A socket at an address, which nobody can connect to yet. BusyError if the port is taken.
+
+    Who does not read what is sent for `SEND_SECONDS` loses the connection: no answer that ends could close it.
+    """
     try:
         [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         with socket.socket(family, kind, protocol) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections have it from their listener
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(SEND_SECONDS * 1000))
             listener.bind(address)
             yield listener
     except socket.gaierror as error:

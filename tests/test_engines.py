@@ -17,6 +17,7 @@ import pytest
 from support.programs import gone
 from support.serving import NAME, Script, client_of, fake_engine, listening, within, write_folder
 
+from hivegrpo.cli import launch_serve as launch_module
 from hivegrpo.cli.launch_serve import launch
 from hivegrpo.peer.serving import engine as engine_module
 from hivegrpo.peer.serving import engines as engines_module
@@ -392,6 +393,33 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(folder: Path, mo
     with socket.create_server(("127.0.0.1", 0)) as taken:
         error = fails(monkeypatch, str(folder), port=taken.getsockname()[1])
     assert (error.exit_code, "--port" in str(error)) == (75, True)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the platform has no such limit")
+def test_a_reader_that_stops_reading_loses_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel ends it: the connection of an answer that is given up stays until all is sent."""
+    monkeypatch.setattr(launch_module, "SEND_SECONDS", 0.2)
+
+    async def stall() -> None:
+        with launch_module._listening("127.0.0.1", 0) as listener:
+            lost = asyncio.Event()
+
+            async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                writer.write(b"x" * (64 << 20))
+                try:
+                    await writer.wait_closed()
+                except TimeoutError:
+                    lost.set()
+
+            server = await asyncio.start_server(answer, sock=listener)
+            with socket.socket() as reader:
+                reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                reader.connect(listener.getsockname())
+                async with asyncio.timeout(30):
+                    await lost.wait()
+            server.close()
+
+    asyncio.run(stall())
 
 
 def test_a_folder_of_another_version_is_not_served(tmp_path: Path) -> None:
