@@ -2,9 +2,10 @@
 
 import asyncio
 import errno
+import resource
 import socket
 from collections.abc import AsyncIterator, Coroutine, Generator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +34,8 @@ STOP_SECONDS = 120
 """How long requests in work may take after the first Ctrl-C."""
 BACKLOG = 1024
 CONNECTIONS = 4096
+OTHER_FILES = 256
+"""Open files that are no client's connection: engines', their pipes, the model's."""
 
 T = TypeVar("T")
 
@@ -116,6 +119,20 @@ def _listening(host: str, port: int) -> Generator[socket.socket, None, None]:
         raise BusyError(f"Port {port} of {host} cannot be had: {error}.", "Give another with --port.") from None
 
 
+def _most_connections() -> int:
+    """`CONNECTIONS`, or as many as this process may have files open for; raises that limit as far as is needed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = CONNECTIONS + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        with suppress(OSError, ValueError):  # a system may have a lower limit of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    if soft == resource.RLIM_INFINITY:
+        return CONNECTIONS
+    return min(CONNECTIONS, max(soft - OTHER_FILES, soft // 2))
+
+
 class _Server(uvicorn.Server):
     """Leaves the signals to us."""
 
@@ -130,7 +147,7 @@ async def _answering(app: Any, listener: socket.socket) -> AsyncIterator[asyncio
     config = uvicorn.Config(
         app,
         backlog=BACKLOG,
-        limit_concurrency=CONNECTIONS,
+        limit_concurrency=_most_connections(),
         timeout_graceful_shutdown=STOP_SECONDS,
         log_config=None,
         access_log=False,

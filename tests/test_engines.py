@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -393,6 +394,27 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(folder: Path, mo
     with socket.create_server(("127.0.0.1", 0)) as taken:
         error = fails(monkeypatch, str(folder), port=taken.getsockname()[1])
     assert (error.exit_code, "--port" in str(error)) == (75, True)
+
+
+@pytest.mark.parametrize(
+    ("before", "raised", "connections"),
+    [
+        ((1024, 1 << 20), 4352, 4096),
+        ((1024, resource.RLIM_INFINITY), 4352, 4096),
+        ((1024, 2048), 2048, 1792),
+        ((256, 256), 256, 128),
+        ((1 << 16, 1 << 20), None, 4096),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None, 4096),
+    ],
+)
+def test_connections_leave_files_for_the_rest(
+    monkeypatch: pytest.MonkeyPatch, before: tuple[int, int], raised: int | None, connections: int
+) -> None:
+    calls: list[tuple[int, int]] = []
+    monkeypatch.setattr(launch_module.resource, "getrlimit", lambda kind: before)
+    monkeypatch.setattr(launch_module.resource, "setrlimit", lambda kind, limits: calls.append(limits))
+    assert launch_module._most_connections() == connections
+    assert calls == ([] if raised is None else [(raised, before[1])])
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the platform has no such limit")
