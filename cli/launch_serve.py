@@ -2,9 +2,10 @@
 
 import asyncio
 import errno
+import resource
 import socket
 from collections.abc import AsyncIterator, Coroutine, Generator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ try:
     from hivegrpo.peer.serving.releases import MODEL_FILE, Release, folder_release
     from hivegrpo.peer.serving.settings import ServeConfig
     from hivegrpo.peer.serving.source import Source
+    from hivegrpo.peer.serving.streaming import SEND_SECONDS
 except ModuleNotFoundError as missing:
     raise ConfigError(
         f"`hivegrpo serve` needs {missing.name}.", "Install it: pip install 'hivegrpo[serving]'."
@@ -32,6 +34,8 @@ STOP_SECONDS = 120
 """How long requests in work may take after the first Ctrl-C."""
 BACKLOG = 1024
 CONNECTIONS = 4096
+OTHER_FILES = 256
+"""Open files that are no client's connection: engines', their pipes, the model's."""
 
 T = TypeVar("T")
 
@@ -95,11 +99,16 @@ async def _open(engines: Engines, release: Release) -> bool:
 
 @contextmanager
 def _listening(host: str, port: int) -> Generator[socket.socket, None, None]:
-    """A socket at an address, which nobody can connect to yet. BusyError if the port is taken."""
+    """A socket at an address, which nobody can connect to yet. BusyError if the port is taken.
+
+    Who does not read what is sent for `SEND_SECONDS` loses the connection: no answer that ends could close it.
+    """
     try:
         [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         with socket.socket(family, kind, protocol) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections have it from their listener
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(SEND_SECONDS * 1000))
             listener.bind(address)
             yield listener
     except socket.gaierror as error:
@@ -108,6 +117,20 @@ def _listening(host: str, port: int) -> Generator[socket.socket, None, None]:
         if error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES):
             raise
         raise BusyError(f"Port {port} of {host} cannot be had: {error}.", "Give another with --port.") from None
+
+
+def _most_connections() -> int:
+    """`CONNECTIONS`, or as many as this process may have files open for; raises that limit as far as is needed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = CONNECTIONS + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        with suppress(OSError, ValueError):  # a system may have a lower limit of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    if soft == resource.RLIM_INFINITY:
+        return CONNECTIONS
+    return min(CONNECTIONS, max(soft - OTHER_FILES, soft // 2))
 
 
 class _Server(uvicorn.Server):
@@ -124,7 +147,7 @@ async def _answering(app: Any, listener: socket.socket) -> AsyncIterator[asyncio
     config = uvicorn.Config(
         app,
         backlog=BACKLOG,
-        limit_concurrency=CONNECTIONS,
+        limit_concurrency=_most_connections(),
         timeout_graceful_shutdown=STOP_SECONDS,
         log_config=None,
         access_log=False,

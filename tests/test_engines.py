@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -17,8 +18,11 @@ import pytest
 from support.programs import gone
 from support.serving import NAME, Script, client_of, fake_engine, listening, within, write_folder
 
+from hivegrpo.cli import launch_serve as launch_module
 from hivegrpo.cli.launch_serve import launch
+from hivegrpo.peer.serving import engine as engine_module
 from hivegrpo.peer.serving import engines as engines_module
+from hivegrpo.peer.serving import process as process_module
 from hivegrpo.peer.serving import releases as releases_module
 from hivegrpo.peer.serving import source as source_module
 from hivegrpo.peer.serving.app import Rules, build_app
@@ -250,6 +254,62 @@ def test_a_release_is_tried_so_often_and_not_for_ever(monkeypatch: pytest.Monkey
     asyncio.run(follow())
 
 
+def test_a_switch_that_breaks_otherwise_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing would be followed any more, and nothing would say so."""
+
+    class Broken(Told):
+        async def switch(self, release: Release) -> None:
+            raise LookupError("nobody thought of this")
+
+    async def follow() -> None:
+        source, _ = source_of(monkeypatch, f"{says(1)}{says(2)}{WAIT}")
+        try:
+            await source.first()
+            async with asyncio.timeout(10):
+                with pytest.raises(LookupError, match="nobody thought"):
+                    await source.follow(Broken())
+        finally:
+            await source.close()
+
+    asyncio.run(follow())
+
+
+def test_an_export_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def follow() -> None:
+        source, told = source_of(monkeypatch, "")
+        source._command = ["\0"]
+        following = asyncio.create_task(source.follow(Told()))
+        await within(lambda: told != [] and "no longer" in told[-1]["message"])
+        assert ["The export failed" in record["message"] for record in told[:-1]] == [True] * source_module.MAX_STARTS
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+
+    asyncio.run(follow())
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("config.json", "[]"), ("config.json", None), ("generation_config.json", "[]")]
+)
+def test_a_folder_that_is_no_model_is_said_and_leaves_nothing(tmp_path: Path, name: str, text: str | None) -> None:
+    broken = write_folder(tmp_path / "broken", template=None)
+    (broken / name).unlink(missing_ok=True)
+    if text is not None:
+        (broken / name).write_text(text)
+
+    class Late(Transformers):
+        def command(self, port: int) -> list[str]:
+            return ["sleep", "1000"]
+
+    async def start() -> None:
+        with pytest.raises(HiveError):
+            await Launcher(Late("cpu"))(Release(broken, NAME, "1"))
+
+    asyncio.run(start())
+    assert not process_module._alive
+    prune(tmp_path, tmp_path / "other")
+    assert not broken.exists()  # nobody holds it
+
+
 def test_an_export_that_fails_at_first_ends_with_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
     async def fail() -> None:
         record = {"error": "The run is not here.", "hint": "Name another.", "exit_code": 78}
@@ -336,7 +396,56 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(folder: Path, mo
     assert (error.exit_code, "--port" in str(error)) == (75, True)
 
 
+@pytest.mark.parametrize(
+    ("before", "raised", "connections"),
+    [
+        ((1024, 1 << 20), 4352, 4096),
+        ((1024, resource.RLIM_INFINITY), 4352, 4096),
+        ((1024, 2048), 2048, 1792),
+        ((256, 256), 256, 128),
+        ((1 << 16, 1 << 20), None, 4096),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None, 4096),
+    ],
+)
+def test_connections_leave_files_for_the_rest(
+    monkeypatch: pytest.MonkeyPatch, before: tuple[int, int], raised: int | None, connections: int
+) -> None:
+    calls: list[tuple[int, int]] = []
+    monkeypatch.setattr(launch_module.resource, "getrlimit", lambda kind: before)
+    monkeypatch.setattr(launch_module.resource, "setrlimit", lambda kind, limits: calls.append(limits))
+    assert launch_module._most_connections() == connections
+    assert calls == ([] if raised is None else [(raised, before[1])])
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the platform has no such limit")
+def test_a_reader_that_stops_reading_loses_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel ends it: the connection of an answer that is given up stays until all is sent."""
+    monkeypatch.setattr(launch_module, "SEND_SECONDS", 0.2)
+
+    async def stall() -> None:
+        with launch_module._listening("127.0.0.1", 0) as listener:
+            lost = asyncio.Event()
+
+            async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                writer.write(b"x" * (64 << 20))
+                try:
+                    await writer.wait_closed()
+                except TimeoutError:
+                    lost.set()
+
+            server = await asyncio.start_server(answer, sock=listener)
+            with socket.socket() as reader:
+                reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                reader.connect(listener.getsockname())
+                async with asyncio.timeout(30):
+                    await lost.wait()
+            server.close()
+
+    asyncio.run(stall())
+
+
 def test_a_folder_of_another_version_is_not_served(tmp_path: Path) -> None:
+    write_plain(tmp_path)
     (tmp_path / "hivegrpo.json").write_text('{"format": 1, "run": "addition", "version": 7}')
     assert folder_release(tmp_path) == Release(tmp_path, "addition", "7")
     assert folder_release(tmp_path, "7").version == "7"
@@ -344,6 +453,49 @@ def test_a_folder_of_another_version_is_not_served(tmp_path: Path) -> None:
         folder_release(tmp_path, "8")
 
 
+def write_plain(folder: Path) -> Path:
+    write_folder(folder)
+    (folder / "model.safetensors").touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("pytorch_model.bin", ""),
+        ("model.pt", ""),
+        ("model.pth", ""),
+        ("adapter_config.json", "{}"),
+        ("model.safetensors", None),
+        ("config.json", '{"model_type": "qwen2", "architectures": ["CLIPModel"]}'),
+        ("config.json", '{"model_type": "qwen2"}'),
+        ("config.json", '{"model_type": "clip", "architectures": ["Qwen2ForCausalLM"]}'),
+        ("model.safetensors.index.json", '{"weight_map": {"lm_head.weight": "weights.dat"}}'),
+        ("model.safetensors.index.json", '{"weight_map": {"lm_head.weight": "../model.safetensors"}}'),
+        ("model.safetensors.index.json", "[" * 100_000),
+    ],
+)
+def test_only_plain_weights_of_a_built_in_model_are_served(tmp_path: Path, name: str, text: str | None) -> None:
+    """`transformers serve` would load the rest: pickles, and what an adapter names."""
+    folder = write_plain(tmp_path)
+    assert folder_release(folder).folder == folder
+    (folder / name).unlink(missing_ok=True)
+    if text is not None:
+        (folder / name).write_text(text)
+    with pytest.raises(ConfigError):
+        folder_release(folder)
+
+
+LISTENING = (
+    "import http.server, sys\n"
+    "class Handler(http.server.BaseHTTPRequestHandler):\n"
+    "    def do_GET(self):\n"
+    "        self.send_response(200), self.end_headers()\n"
+    "    def do_POST(self):\n"
+    "        self.send_response(200), self.send_header('content-type', 'text/event-stream'), self.end_headers()\n"
+    '        self.wfile.write(b\'data: {"choices": [{"text": "x", "finish_reason": "stop"}]}\\n\\n\')\n'
+    "http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), Handler).serve_forever()\n"
+)
 STUBBORN = (
     "import os, signal, subprocess, time\n"
     "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -406,6 +558,40 @@ def test_an_engine_that_ends_while_it_starts_says_why(folder: Path) -> None:
     asyncio.run(start())
 
 
+def test_a_port_that_somebody_else_took_gets_no_prompt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine sleeps; at its port this process answers, whose first two ports are taken so."""
+
+    class Late(Transformers):
+        def command(self, port: int) -> list[str]:
+            return ["sleep", "1000"]
+
+    async def start() -> None:
+        script = Script()
+        async with listening(script.app()) as url:
+            ports = iter([int(url.rpartition(":")[2])] * 2)
+            monkeypatch.setattr(engine_module, "_free_port", lambda: next(ports))
+            with pytest.raises(HiveError, match="took the engine's port"):
+                await Launcher(Late("cpu"))(Release(folder, NAME, "1"))
+        assert next(ports, None) is None  # it has tried all of them
+        assert script.requests == []
+
+    monkeypatch.setattr(engine_module, "MAX_PORTS", 2)
+    asyncio.run(start())
+
+
+def test_an_engine_at_its_own_port_is_asked(folder: Path) -> None:
+    class Small(Transformers):
+        def command(self, port: int) -> list[str]:
+            return [sys.executable, "-c", LISTENING, str(port)]
+
+    async def start() -> None:
+        engine = await Launcher(Small("cpu"))(Release(folder, NAME, "1"))
+        assert engine.child.running
+        await engine.close()
+
+    asyncio.run(start())
+
+
 def test_transformers_gets_the_whole_sampling_and_greedy_has_none() -> None:
     """Its own rule ignores a temperature unless the model's file samples, and adds a top_k of 50 to it."""
     defaults = Defaults(1.0, 1.0, {"eos_token_id": [1, 2]})
@@ -418,9 +604,12 @@ def test_transformers_gets_the_whole_sampling_and_greedy_has_none() -> None:
     assert greedy.get("temperature") is None
 
 
-def test_an_engine_does_not_get_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HIVEGRPO_SERVE_API_KEY", "secret")
+@pytest.mark.parametrize("name", ["HIVEGRPO_SERVE_API_KEY", "hivegrpo_serve_api_key", "Hivegrpo_Serve_Api_Key"])
+def test_no_child_gets_the_key(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "secret")
+    assert ServeConfig.load().api_key.get_secret_value() == "secret"
     assert "secret" not in engine_environment().values()
+    assert "secret" not in source_module._environment().values()
     assert engine_environment()["HF_HUB_OFFLINE"] == "1"
 
 

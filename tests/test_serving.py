@@ -3,23 +3,28 @@
 import asyncio
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from support.serving import CONTEXT, NAME, Script, serving, within, write_folder
 
-from hivegrpo.peer.serving.prompts import PromptReader
+from hivegrpo.peer.learn.templates import refusal
+from hivegrpo.peer.serving.prompts import REST_SECONDS, PromptReader
 from hivegrpo.peer.serving.refusals import Refusal
 from hivegrpo.peer.serving.requests import MAX_CHOICES, read_chat, read_completion
 from hivegrpo.peer.serving.sampling import Defaults
 from hivegrpo.peer.serving.stops import StopCutter
+from hivegrpo.protocol.errors import ConfigError
 
 SURROGATE = rb'{"model": "m", "prompt": "\ud800"}'
 """Half a character, which JSON can say and no tokenizer can read."""
+DEEP = b'{"model": "m", "prompt": "p", "metadata": ' + b"[" * 700 + b"]" * 700 + b"}"
+"""Python reads what it cannot go through."""
 ASK = [{"role": "user", "content": "hi"}]
 
 
@@ -184,7 +189,10 @@ def test_stop_strings_do_not_depend_on_how_the_text_is_cut(text: str, stops: lis
         ({"n": MAX_CHOICES + 1}, "n"),
         ({"n": True}, "n"),
         ({"seed": 2**63}, "seed"),
-        ({"stop": [""]}, "stop"),
+        ({"stop": [""]}, "stop.0"),
+        ({"stream": 5}, "stream"),
+        ({"streams": True}, "streams"),
+        ({"stream": True, "stream_options": {"string": True}}, "stream_options.string"),
         ({"stop": ["x"] * 5}, "stop"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"messages": []}, "messages"),
@@ -211,11 +219,69 @@ def test_what_asks_for_nothing_is_taken() -> None:
     assert read_completion(b'{"model": "m", "prompt": "p", "echo": false, "best_of": 1}').max_tokens == 16
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"model": 1e999}', SURROGATE])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"model": 1e999}',
+        SURROGATE,
+        SURROGATE.replace(rb"\ud800", b"\xed\xa0\x80"),
+        SURROGATE.decode().encode("utf-16"),
+        DEEP,
+        DEEP.replace(b"metadata", b"prompt"),
+        DEEP.replace(b"metadata", b"else"),
+    ],
+)
 def test_what_is_no_request_is_refused(body: bytes) -> None:
     with pytest.raises(Refusal) as refused:
         read_completion(body)
     assert refused.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("read", "given"),
+    [
+        (read_chat, {"messages": [{"role": "user", "content": [0] * 10_000}]}),
+        (read_chat, {"messages": [0] * 10_000}),
+        (read_chat, {"messages": [{"role": "user", "content": "x"} | dict.fromkeys(map(str, range(10_000)), 0)]}),
+        (read_chat, {"messages": [{"role": "user", "content": [0] * 200}] * 200}),
+        (read_completion, {"prompt": [0] * 10_000}),
+        (read_completion, {"prompt": "x", "stop": [0] * 10_000}),
+        (read_completion, {"prompt": "x"} | dict.fromkeys(map(str, range(10_000)), 0)),
+    ],
+    ids=["parts", "messages", "names in a message", "parts of messages", "prompts", "stops", "names"],
+)
+def test_a_request_with_many_errors_costs_as_much_as_one_with_few(
+    read: Callable[[bytes], object], given: dict[str, object]
+) -> None:
+    """Each that pydantic collects takes time and memory, in which nobody else is answered."""
+    with pytest.raises(Refusal) as refused:
+        read(json.dumps({"model": NAME, **given}).encode())
+    collected = refused.value.__context__
+    assert isinstance(collected, ValidationError)
+    assert collected.error_count() <= 3  # each of the types that it may have says what it misses
+
+
+def test_a_body_is_read_only_in_a_place_of_the_queue(folder: Path, reader: PromptReader) -> None:
+    """Bodies that are on their way take memory: the queue bounds how many there are."""
+
+    async def ask() -> None:
+        async with serving(folder, reader, Script(), queue=1) as bed:
+            host, port = bed.url.removeprefix("http://").split(":")
+            asking, answering = await asyncio.open_connection(host, int(port))
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json"
+            answering.write(f"{head}\r\ncontent-length: 100\r\nexpect: 100-continue\r\n\r\n".encode())
+            async with asyncio.timeout(10):
+                assert b" 100 " in await asking.readline()  # the body is waited for
+            with pytest.raises(openai.RateLimitError):
+                await bed.client.completions.create(model=NAME, prompt="x")
+            answering.close()
+
+    asyncio.run(ask())
 
 
 def test_an_unknown_model_is_not_found(folder: Path, reader: PromptReader) -> None:
@@ -279,6 +345,48 @@ def test_a_template_that_refuses_is_the_clients_business(tmp_path: Path) -> None
     asyncio.run(ask())
 
 
+class Exhausted:
+    """A renderer that has lost prompts of somebody's, until it forgets them."""
+
+    given_up = True
+
+    def forget(self) -> None:
+        self.given_up = False
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        if messages[0]["content"] == "loop":
+            self.given_up = True
+            raise refusal("took too long")
+        if messages[0]["content"] == "fork":
+            raise ConfigError("No process can be had.")
+        return messages[0]["content"]
+
+    def close(self) -> None:
+        pass
+
+
+def test_chat_comes_back_after_prompts_that_were_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client cannot switch it off for others; what is not the request's fault says to come again."""
+    now = 1000.0
+    monkeypatch.setattr("hivegrpo.peer.serving.prompts.time.monotonic", lambda: now)
+    reader = PromptReader.open(folder)
+    reader._renderer = Exhausted()
+
+    def status(text: str) -> int:
+        try:
+            reader._messages([{"role": "user", "content": text}])
+        except Refusal as refused:
+            return refused.status
+        return 200
+
+    assert [status("hi"), status("fork"), status("loop"), status("hi")] == [200, 503, 400, 503]
+    now += REST_SECONDS - 1.0
+    assert status("hi") == 503
+    now += 1.0
+    assert status("hi") == 200
+    reader.close()
+
+
 def test_the_client_decides_how_it_is_sampled_and_the_folder_what_it_leaves_out(folder: Path) -> None:
     def wanted(**given: object) -> object:
         return read_completion(json.dumps({"model": NAME, "prompt": "x", **given}).encode())
@@ -305,12 +413,59 @@ def test_keys_are_asked_for(folder: Path, reader: PromptReader) -> None:
     asyncio.run(ask())
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "localhost:8000"}, 200),
+        ({"host": "[::1]:8000"}, 200),
+        ({"host": "127.0.0.1", "origin": "http://127.0.0.1"}, 200),
+        ({"host": "evil.example"}, 403),
+        ({"host": "evil.example:8000", "origin": "http://evil.example:8000"}, 403),
+        ({"host": "127.0.0.1.evil.example"}, 403),
+        ({"host": "[::1"}, 403),
+        ({"host": "localhost:8000", "origin": "http://evil.example"}, 403),
+        ({"host": "localhost:8000", "origin": "http://localhost:3000"}, 403),
+        ({"host": "localhost:8000", "origin": "null"}, 403),
+    ],
+    ids=str,
+)
+def test_without_a_key_no_web_page_gets_in(
+    folder: Path, reader: PromptReader, headers: dict[str, str], status: int
+) -> None:
+    async def ask() -> None:
+        async with serving(folder, reader, Script()) as bed:
+            for method, path, body in (
+                ("POST", "/v1/completions", {"model": NAME, "prompt": "x"}),
+                ("GET", "/health", None),
+            ):
+                response = await bed.post(path, method=method, json=body, headers=headers)
+                assert response.status_code == status
+                if status == 403:
+                    assert response.json()["error"]["type"] == "invalid_request_error"
+
+    asyncio.run(ask())
+
+
+def test_with_a_key_the_host_is_free(folder: Path, reader: PromptReader) -> None:
+    """Reverse proxies pass on the name that the client asked for."""
+
+    async def ask() -> None:
+        async with serving(folder, reader, Script(), api_key="sesame") as bed:
+            headers = {"host": "models.example", "authorization": "Bearer sesame"}
+            response = await bed.post("/v1/completions", json={"model": NAME, "prompt": "x"}, headers=headers)
+            assert response.status_code == 200
+
+    asyncio.run(ask())
+
+
 async def chunked(url: str, kibibytes: int) -> bytes:
     """All that is answered, until the connection closes, to a body whose length is not told and which has no end."""
     host, port = url.removeprefix("http://").split(":")
     asking, answering = await asyncio.open_connection(host, int(port))
-    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked"
-    answering.write(f"{head}\r\n\r\n".encode() + kibibytes * (b"400\r\n" + b"x" * 1024 + b"\r\n"))
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json"
+    answering.write(
+        f"{head}\r\ntransfer-encoding: chunked\r\n\r\n".encode() + kibibytes * (b"400\r\n" + b"x" * 1024 + b"\r\n")
+    )
     async with asyncio.timeout(10):
         answer = await asking.read()
     answering.close()

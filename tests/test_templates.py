@@ -103,6 +103,10 @@ def test_after_a_few_losses_in_a_row_it_is_not_tried_again(make: Make) -> None:
     with pytest.raises(ConfigError, match="not tried again"):
         renderer.render(USER)
     assert time.monotonic() - began < 0.1  # a process takes longer to start
+    assert renderer.given_up
+    renderer.forget()
+    with pytest.raises(ConfigError, match="took more than"):
+        renderer.render(USER)
 
 
 def test_closing_ends_what_runs(make: Make) -> None:

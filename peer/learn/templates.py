@@ -31,6 +31,10 @@ MOST_LOST = 3
 """Prompts in a row on which the process is lost, before no other is tried."""
 
 
+class PromptRefusedError(ConfigError):
+    """A prompt that a chat template cannot render."""
+
+
 class TemplateRenderer:
     """One tokenizer's template and its process, which starts with the first prompt and stays until `close`."""
 
@@ -45,12 +49,22 @@ class TemplateRenderer:
         self._crew = Crew([CHAT_TEMPLATE], MEMORY_BYTES, 1)
         self._lost = 0
 
+    @property
+    def given_up(self) -> bool:
+        """Whether so many prompts in a row were lost that no other is tried."""
+        return self._lost >= MOST_LOST
+
+    def forget(self) -> None:
+        """Try prompts again, as if none had been lost."""
+        self._lost = 0
+
     def render(self, messages: list[Message]) -> str:
         """What the model gets to read, as `apply_chat_template` gives it, with the generation prompt.
 
-        ConfigError if the template refuses the messages, or goes over its limits. Cancelled if it is closed meanwhile.
+        PromptRefusedError if the template refuses the messages, or goes over its limits; ConfigError if no process can
+        be had for it. Cancelled if it is closed meanwhile.
         """
-        if self._lost >= MOST_LOST:
+        if self.given_up:
             raise refusal(f"it went over its limits {MOST_LOST} times in a row, and is not tried again")
         calls = deque([Call(0, [0], self._seconds, MOST_BYTES)])
 
@@ -85,9 +99,9 @@ def load_render() -> RewardFunction:
     return render
 
 
-def refusal(reason: str) -> ConfigError:
+def refusal(reason: str) -> PromptRefusedError:
     """What a prompt that a template cannot render ends in."""
-    return ConfigError(
+    return PromptRefusedError(
         f"The model's chat template refuses a prompt: {printable(reason)}.",
         "Leave out system_prompt or the messages that it does not know, or choose another model.",
     )

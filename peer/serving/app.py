@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from hivegrpo.peer.serving.answers import Answers, Json
 from hivegrpo.peer.serving.engine import Engine
+from hivegrpo.peer.serving.origins import OnlyLocal
 from hivegrpo.peer.serving.refusals import Refusal
 from hivegrpo.peer.serving.requests import Wanted, read_chat, read_completion
 from hivegrpo.peer.serving.streaming import EventStream, HungUp, read_body, unless_gone
@@ -53,6 +54,8 @@ def build_app(engines: Serving, rules: Rules) -> FastAPI:
         ("/health", endpoint.health, "GET"),
     ):
         app.add_api_route(path, function, methods=[method], response_model=None)
+    if rules.api_key is None:
+        app.add_middleware(OnlyLocal)
     app.add_exception_handler(Refusal, _refuse)
     app.add_exception_handler(HTTPException, _refuse_page)
     app.add_exception_handler(HungUp, _say_nothing)
@@ -92,10 +95,11 @@ class _Endpoint:
         # A page in a browser can send anything but this to another site unasked.
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refusal(415, None, "The request's content-type is not application/json.")
-        wanted = read(await read_body(request, self._rules.max_body_bytes, BODY_SECONDS))
-        self._require_name(wanted.model)
         async with AsyncExitStack() as closing:
+            # Before the body is read: so the queue bounds the memory that bodies take.
             closing.enter_context(self._place())
+            wanted = read(await read_body(request, self._rules.max_body_bytes, BODY_SECONDS))
+            self._require_name(wanted.model)
             engine = closing.enter_context(self._engines.current.request())
             answers = await unless_gone(request.receive, Answers.prepare(wanted, engine))
             if not wanted.stream:

@@ -113,5 +113,8 @@ def choose_dialect(engine: EngineName, device: str) -> Dialect:
 
 
 def engine_environment() -> dict[str, str]:
-    """This process's environment without our own settings, of which one is the clients' key; no hub is asked."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(OURS)} | ENVIRONMENT
+    """This process's environment without our own settings, of which one is the clients' key; no hub is asked.
+
+    Settings are read from variables in any case.
+    """
+    return {name: value for name, value in os.environ.items() if not name.upper().startswith(OURS)} | ENVIRONMENT

@@ -19,6 +19,10 @@ from hivegrpo.protocol.errors import HiveError, RemoteError
 START_SECONDS = 1800.0
 """How long an engine may take to load a model."""
 POLL_SECONDS = 0.1
+BROKEN = (OSError, ValueError, TypeError, AttributeError, RecursionError)
+"""What a machine without room for another process raises, and a folder that is not what it seems."""
+MAX_PORTS = 3
+"""Tried for one start: another program of this machine may take a port before the engine has it."""
 TURN_SECONDS = 600.0
 """How long a request may wait for its turn."""
 
@@ -30,6 +34,9 @@ class Child(Protocol):
     def running(self) -> bool:
         """Whether it has not ended."""
 
+    def listens(self, port: int) -> bool:
+        """Whether the one who listens at a TCP port is it, or one that it has started."""
+
     async def ended(self) -> int:
         """Its exit code, once it has ended."""
 
@@ -38,6 +45,10 @@ class Child(Protocol):
 
     def said(self) -> str:
         """What it wrote last."""
+
+
+class PortTakenError(HiveError):
+    """Somebody else listens where an engine was to."""
 
 
 class Engine:
@@ -111,14 +122,22 @@ class Engine:
         finally:
             self._turns.release()
 
-    async def become_ready(self) -> None:
-        """Wait until it has loaded its model and given an answer; HiveError if it ends, fails or takes too long."""
+    async def become_ready(self, port: int) -> None:
+        """Wait until it has loaded its model and given an answer; HiveError if it ends, fails or takes too long.
+
+        PortTakenError if somebody else answers at its port, who gets no prompt then.
+        """
         try:
             async with asyncio.timeout(START_SECONDS):
                 prompt = await self.reader.warm_up()
                 # It can only be asked.
                 while self.child.running and not await self._backend.healthy():  # noqa: ASYNC110
                     await asyncio.sleep(POLL_SECONDS)
+                theirs = not await asyncio.to_thread(self.child.listens, port)
+                if theirs and self.child.running:
+                    raise PortTakenError(f"Another program took the engine's port {port} while the engine started.")
+                if theirs:
+                    raise HiveError(f"The engine ended while it started. {self.child.said()}")
                 payload = self._dialect.payload(prompt, Sampling(1, 0.0, 1.0, 0), self.defaults)
                 async with aclosing(self._backend.generate(payload)) as pieces:
                     async for _ in pieces:
@@ -148,16 +167,30 @@ class Launcher:
 
     async def __call__(self, release: Release) -> Engine:
         """An engine that is ready; HiveError if it does not get there, and nothing is left of it then."""
-        port = _free_port()
+        try:
+            for _ in range(MAX_PORTS - 1):
+                with suppress(PortTakenError):
+                    return await self._start(release, _free_port())
+            return await self._start(release, _free_port())
+        except BROKEN as error:
+            raise HiveError(f"The engine cannot be started: {type(error).__name__}: {error}.") from error
+
+    async def _start(self, release: Release, port: int) -> Engine:
+        kept = ExitStack()
         with ExitStack() as keep:
             keep.enter_context(held(release.folder))
             reader = await asyncio.to_thread(PromptReader.open, release.folder)
             command = self.dialect.command(port)
             child = await Process.start(command, folder=release.folder, environment=engine_environment())
-            backend = Backend(f"http://127.0.0.1:{port}")
-            engine = Engine(release, child, backend, reader, self.dialect, keep.pop_all())
+            try:
+                backend = Backend(f"http://127.0.0.1:{port}")
+                engine = Engine(release, child, backend, reader, self.dialect, kept)
+            except BaseException:
+                await child.stop()
+                raise
+            kept.push(keep.pop_all())
         try:
-            await engine.become_ready()
+            await engine.become_ready(port)
         except BaseException:
             await engine.close()
             raise

@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+import psutil
+
 GRACEFUL_SECONDS = 10.0
 """How long it may take to leave when it is told to."""
 KILL_SECONDS = 5.0
@@ -57,6 +59,15 @@ class Process:
     def running(self) -> bool:
         return self._process.returncode is None
 
+    def listens(self, port: int) -> bool:
+        """Whether the one who listens at a TCP port is it, or one that it has started."""
+        try:
+            child = psutil.Process(self.pid)
+            family = [child, *child.children(recursive=True)]
+        except psutil.Error:
+            return False
+        return any(_listens(process, port) for process in family)
+
     async def lines(self) -> AsyncIterator[bytes]:
         """Its stdout, until it ends; ValueError for a line over `MAX_LINE_BYTES`."""
         assert self._process.stdout is not None
@@ -104,6 +115,14 @@ class Process:
     async def _read(self, stream: asyncio.StreamReader) -> None:
         while chunk := await stream.read(SAID_BYTES):
             self._said = (self._said + chunk)[-SAID_BYTES:]
+
+
+def _listens(process: psutil.Process, port: int) -> bool:
+    try:
+        connections = process.net_connections("tcp")
+    except psutil.Error:
+        return False
+    return any(link.status == psutil.CONN_LISTEN and link.laddr.port == port for link in connections)
 
 
 _alive: set[Process] = set()

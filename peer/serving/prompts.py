@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 from hivegrpo.peer.learn.cancel import Cancelled
 from hivegrpo.peer.learn.encoding import load_tokenizer
 from hivegrpo.peer.learn.messages import MAX_CHARACTERS, Message
-from hivegrpo.peer.learn.templates import TemplateRenderer
+from hivegrpo.peer.learn.templates import PromptRefusedError, TemplateRenderer
 from hivegrpo.peer.serving.refusals import Refusal, invalid, unavailable
 from hivegrpo.protocol.errors import ConfigError
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 UNBOUNDED = 1 << 20
 """Tokens of a model that names no limit."""
+REST_SECONDS = 60.0
+"""In which a chat template that went over its limits again and again is not tried."""
 GREETING: list[Message] = [{"role": "user", "content": "Hello"}]
 
 
@@ -44,6 +47,8 @@ class PromptReader:
         self._tokenizer = tokenizer
         self.context = context
         self._renderer = TemplateRenderer(tokenizer) if tokenizer.chat_template is not None else None
+        self._rests_until = 0.0
+        """On the monotonic clock, once the renderer has given up."""
         self._closed = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompts")
 
@@ -113,12 +118,23 @@ class PromptReader:
             )
         if sum(len(message["content"]) for message in messages) > MAX_CHARACTERS:
             raise invalid(f"The messages have more than {MAX_CHARACTERS} characters.", param="messages")
-        try:
-            text = self._renderer.render(messages)
-        except ConfigError as error:
-            raise invalid(error.message, "Write the messages in the order that it knows.", param="messages") from None
+        text = self._render(self._renderer, messages)
         ids = self._ids(text, False)
         return Encoded(self._for_engine(text, ids), ids)
+
+    def _render(self, renderer: TemplateRenderer, messages: list[Message]) -> str:
+        if renderer.given_up:
+            if time.monotonic() < self._rests_until:
+                raise unavailable("The chat template went over its limits again and again, and is not tried just now.")
+            renderer.forget()
+        try:
+            return renderer.render(messages)
+        except PromptRefusedError as error:
+            if renderer.given_up:
+                self._rests_until = time.monotonic() + REST_SECONDS
+            raise invalid(error.message, "Write the messages in the order that it knows.", param="messages") from None
+        except ConfigError as error:
+            raise unavailable(error.message) from None
 
     def _for_engine(self, text: str, ids: list[int]) -> str:
         """What becomes `ids` where special tokens are added: a template writes its own."""

@@ -2,6 +2,7 @@
 
 400  invalid_request_error   a parameter that is wrong or not supported; context_length_exceeded
 401  invalid_api_key
+403  a host or an origin that is not this machine's, where there is no key
 404  model_not_found, or no such page
 408  the request did not arrive in time
 413  the request is too large
@@ -43,7 +44,7 @@ class Refusal(WireError):
         """Retry-After where trying again helps, what HTTP wants beside 401, and no more of a body that is not read."""
         if self.status in (429, 503):
             return {"Retry-After": str(RETRY_SECONDS)}
-        if self.status in (401, 408, 413, 415):
+        if self.status in (401, 403, 408, 413, 415):
             return {"Connection": "close"} | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
         return {}
 

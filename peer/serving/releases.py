@@ -21,9 +21,12 @@ from typing import Any
 
 from hivegrpo.protocol.errors import BusyError, ConfigError, HiveError, UnreachableError
 from hivegrpo.protocol.homes import latest_run
+from hivegrpo.protocol.transport.serving import printable
 
 MODEL_FILE = "config.json"
 EXPORTS = "exports"
+REFUSED = ("*.bin", "*.pt", "*.pth", "adapter_config.json")
+"""Pickles, and what names another model to be loaded."""
 STALE_SECONDS = 86_400.0
 """After which what a killed export left half written is removed."""
 MAX_FAILURES = 10
@@ -41,15 +44,53 @@ class Release:
 
 
 def folder_release(folder: Path, revision: str = "latest") -> Release:
-    """An exported folder, or a model's folder from elsewhere; ConfigError if it is damaged, or of another revision."""
+    """An exported folder, or a model's folder from elsewhere.
+
+    ConfigError if it is damaged, of another revision, or has what the engine would load otherwise than as plain data.
+    """
     from hivegrpo.peer.inference.answering import read_origin
 
     folder = folder.expanduser().resolve()
+    require_plain(folder)
     origin = read_origin(folder)
     version = str(origin.get("version", "latest"))
     if revision not in ("latest", version):
         raise ConfigError(f"The folder {folder} holds one version: {version}.", "Leave out --revision, or name a run.")
     return Release(folder, str(origin.get("run", folder.name)), version)
+
+
+def require_plain(folder: Path) -> None:
+    """ConfigError unless it is a built-in model in safetensors: the engine would load pickles and adapters too."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from hivegrpo.peer.learn.base import require_built_in
+
+    require_built_in(folder)
+    hint = "Serve a folder that `hivegrpo export` wrote, or convert the model to *.safetensors."
+    found = sorted(path.name for pattern in REFUSED for path in folder.glob(pattern))
+    if found:
+        raise ConfigError(f"The folder {folder} has {printable(found[0])}, which is not loaded here.", hint)
+    weights = [path.name for path in folder.glob("*.safetensors") if path.is_file()]
+    if not weights:
+        raise ConfigError(f"The folder {folder} has no *.safetensors.", hint)
+    architectures = _json(folder / MODEL_FILE).get("architectures")
+    named = architectures[0] if isinstance(architectures, list) and architectures else None
+    if named not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise ConfigError(f"The architecture {printable(str(named))} is not a causal language model's.", hint)
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = _json(index).get("weight_map")
+        if not isinstance(shards, dict) or not set(map(str, shards.values())) <= set(weights):
+            raise ConfigError(f"{index} names files that are no *.safetensors of its folder.", hint)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.", "Get the model again.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is not a JSON object.", "Get the model again.")
+    return values
 
 
 def export_release(run: str, revision: str) -> Release:

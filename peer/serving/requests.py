@@ -4,10 +4,12 @@
 """
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from hivegrpo.peer.learn.messages import MAX_MESSAGES, Message, Prompt
 from hivegrpo.peer.serving.refusals import Refusal, invalid
@@ -16,8 +18,13 @@ MAX_CHOICES = 16
 """Answers to one request: n times its prompts."""
 COMPLETION_TOKENS = 16
 """Of /v1/completions, where max_tokens is left out: OpenAI's default."""
+MAX_PARTS = 256
+"""Of one message's content."""
 SHOWN = 100
 """Characters of what the client wrote that a refusal repeats."""
+
+_TYPE = re.compile(r"(constrained-)?str$|(constrained|list|function)[-\[]")
+"""What pydantic calls the types of our fields."""
 
 NEUTRAL = {
     "best_of": ("1",),
@@ -47,6 +54,18 @@ NEUTRAL = {
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sparse(cls, values: Any) -> Any:
+        """Without what is null. Of unknown names only the first is told: pydantic would collect an error for each."""
+        if not isinstance(values, dict):
+            return values
+        given = {name: value for name, value in values.items() if value is not None}
+        unknown = next((name for name in given if name not in cls.model_fields), None)
+        if unknown is not None:
+            raise PydanticCustomError("unknown_name", "there is no {name}", {"name": unknown[:SHOWN]})
+        return given
+
 
 class _TextPart(_Body):
     type: Literal["text"]
@@ -55,7 +74,7 @@ class _TextPart(_Body):
 
 class _Message(_Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[_TextPart]
+    content: str | Annotated[list[_TextPart], Field(max_length=MAX_PARTS, fail_fast=True)]
 
     def plain(self) -> Message:
         """As chat templates take it; parts of a content become its lines."""
@@ -76,7 +95,7 @@ class _Request(_Body):
     max_tokens: Tokens | None = None
     temperature: float | None = Field(default=None, ge=0.0, le=2.0)
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] = Field(default_factory=list)
+    stop: Stop | Annotated[list[Stop], Field(max_length=4, fail_fast=True)] = Field(default_factory=list)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     stream: bool = False
@@ -85,12 +104,12 @@ class _Request(_Body):
 
 
 class _ChatRequest(_Request):
-    messages: list[_Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Annotated[list[_Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Tokens | None = None
 
 
 class _CompletionRequest(_Request):
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
 
 
 _AnyRequest = TypeVar("_AnyRequest", bound=_Request)
@@ -155,14 +174,13 @@ def _wanted(request: _Request, chat: bool, prompts: tuple[Prompt, ...], max_toke
 
 def _read(kind: type[_AnyRequest], body: bytes) -> _AnyRequest:
     try:
-        values = json.loads(body)
-        if b"\\ud" in body.lower():  # half of a surrogate pair is JSON, and no text
-            json.dumps(values, ensure_ascii=False).encode()
+        values = json.loads(body.decode())
+        json.dumps(values, ensure_ascii=False).encode()  # half of a surrogate pair is JSON, and no text
     except (ValueError, RecursionError) as error:
         raise invalid(f"The request is not JSON: {error}.") from None
     if not isinstance(values, dict):
         raise invalid("The request is not a JSON object.")
-    given = _without_nulls(values)
+    given = {name: value for name, value in values.items() if value is not None}
     for name in sorted(given.keys() & NEUTRAL.keys()):
         if json.dumps(given[name]) not in NEUTRAL[name]:
             raise invalid(f"{name} is not supported.", "Leave it out.", param=name, code="unsupported_parameter")
@@ -173,19 +191,15 @@ def _read(kind: type[_AnyRequest], body: bytes) -> _AnyRequest:
         raise _refusal(error) from None
 
 
-def _without_nulls(value: Any) -> Any:
-    """The object without what is null in it, in its messages too."""
-    if isinstance(value, dict):
-        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
 def _refusal(error: ValidationError) -> Refusal:
-    first = error.errors(include_url=False)[0]
-    # Of a choice between types, pydantic adds the type to the place.
-    names = [str(part) for part in first["loc"] if not str(part).startswith(("constrained", "list[", "str"))]
+    # Of a choice between types, pydantic tells what each misses, and adds the type to the place: the longest place is
+    # that of the type which was meant.
+    first = max(error.errors(include_url=False, include_input=False), key=lambda one: len(one["loc"]))
+    names = [str(part) for part in first["loc"] if not _TYPE.match(str(part))]
+    if first["type"] == "unknown_name":
+        names.append(first["ctx"]["name"])
     place = ".".join(names)[:SHOWN]
-    if first["type"] == "extra_forbidden":
+    if first["type"] == "unknown_name":
         return invalid(f"There is no parameter {place}.", "Leave it out.", param=place, code="unknown_parameter")
     if first["type"] == "missing":
         return invalid(f"{place} is missing.", param=place, code="missing_required_parameter")

@@ -18,6 +18,8 @@ MAX_TRIES = 5
 """Starts of an engine on one release."""
 RETRY_SECONDS = 30.0
 """After the first start that failed; each further one waits twice as long."""
+KEY = "HIVEGRPO_SERVE_API_KEY"
+"""The variable with the clients' key, in any case: it is no business of a child's."""
 MAX_STARTS = 5
 """Of the exporting process, when it ends by itself."""
 
@@ -47,23 +49,31 @@ class Source:
         return self._newest
 
     async def follow(self, engines: Engines) -> None:
-        """Switch to every newer release; ends when releases can no longer be got, which is told."""
+        """Switch to every newer release; that releases can no longer be got is told. Ends only by failing."""
+        looking = asyncio.create_task(self._look())
         switching = asyncio.create_task(self._switch(engines, self._newest))
         try:
-            for start in range(MAX_STARTS):
-                error = await self._listen(once=False)
-                self._tell({"kind": "trouble", "message": str(error)})
-                await asyncio.sleep(RETRY_SECONDS * 2.0**start)
-            self._tell({"kind": "trouble", "message": "Newer versions are no longer looked for."})
-            await switching
+            await asyncio.gather(looking, switching)
         finally:
+            looking.cancel()
             switching.cancel()
-            await asyncio.gather(switching, return_exceptions=True)
+            await asyncio.gather(looking, switching, return_exceptions=True)
 
     async def close(self) -> None:
         """End the process."""
         if self._process is not None:
             await self._process.stop()
+
+    async def _look(self) -> None:
+        """Take what the process tells, and start it again when it ends, `MAX_STARTS` times at most."""
+        for start in range(MAX_STARTS):
+            try:
+                error = await self._listen(once=False)
+            except (OSError, ValueError, TypeError, LookupError) as broken:
+                error = HiveError(f"The export failed: {type(broken).__name__}: {broken}.")
+            self._tell({"kind": "trouble", "message": str(error)})
+            await asyncio.sleep(RETRY_SECONDS * 2.0**start)
+        self._tell({"kind": "trouble", "message": "Newer versions are no longer looked for."})
 
     async def _listen(self, once: bool) -> HiveError:
         """Take what the process tells, until it ends (or, if `once`, to its first release); why it ended."""
@@ -128,4 +138,4 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "HIVEGRPO_SERVE_API_KEY"}
+    return {name: value for name, value in os.environ.items() if name.upper() != KEY}

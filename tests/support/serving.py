@@ -139,6 +139,7 @@ async def listening(app: FastAPI) -> AsyncIterator[str]:
     """The app on a free port of loopback; its base URL."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
+        listener.listen()
         config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1)
         server = QuietServer(config)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -158,9 +159,9 @@ class Bed:
     script: Script
     engine: Engine
 
-    async def post(self, path: str, **options: Any) -> httpx2.Response:
+    async def post(self, path: str, method: str = "POST", **options: Any) -> httpx2.Response:
         async with httpx2.AsyncClient(base_url=self.url, timeout=SECONDS, verify=NO_TLS) as client:
-            return await client.post(path, **options)
+            return await client.request(method, path, **options)
 
 
 class Alone:
