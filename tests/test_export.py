@@ -339,6 +339,29 @@ def test_the_folder_says_what_it_is(made: MadeRun, tmp_path: Path) -> None:
     assert "of a run of hivegrpo, as it was before training" in (tmp_path / "base" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"run": ["a"]}', "no usable run"),
+        ('{"run": "' + "a" * 65 + '"}', "no usable run"),
+        ('{"version": true}', "no usable version"),
+        ('{"version": ' + "1" * 65 + "}", "no usable version"),
+        ("[" * 100_000, "cannot be read"),
+        ("[]", "not a JSON object"),
+    ],
+    ids=["another type", "long", "no number", "long number", "nested", "a list"],
+)
+def test_a_damaged_origin_is_explained(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "hivegrpo.json").write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        read_origin(tmp_path)
+
+
+def test_names_in_an_origin_are_fit_for_a_terminal(tmp_path: Path) -> None:
+    (tmp_path / "hivegrpo.json").write_text(json.dumps({"run": "a\x1b[2J\nb", "version": "\x9b1", "format": 1}))
+    assert read_origin(tmp_path) == {"run": "a?[2J b", "version": "?1", "format": 1}
+
+
 def card_of(made: MadeRun, options: Options | None = None, **sections: dict[str, Any]) -> ModelCard:
     """The card that a run with other settings would have."""
     origin = provenance_of(open_run(made.folder), 3)

@@ -390,6 +390,15 @@ def test_the_report_has_means_over_seeds_and_over_points(base: Path, tmp_path: P
     assert lines[-1].endswith("grpo.beta=1, grpo.temperature=1.0, seed 4: It diverged.")
 
 
+def test_an_error_in_the_report_is_one_line_that_a_terminal_shows(base: Path, tmp_path: Path) -> None:
+    plan = plan_of(tiny(base), "grpo.beta=0,1")
+    with open_sweep(tmp_path, plan):
+        write_result(tmp_path, plan, 0, 0.2, 4)
+        Outcome("failed", "No\x1b[2J\nbeta=1  1.000").write(run_folder(tmp_path, plan.trials[1]))
+    lines = table(plan, [Result.read(tmp_path, trial) for trial in plan.trials])
+    assert lines[-1].endswith(": No?[2J beta=1  1.000")
+
+
 def test_values_are_compared_over_the_same_other_values(base: Path, tmp_path: Path) -> None:
     """A point that is missing takes its counterparts with it, or the others would be compared with less."""
     plan = plan_of(tiny(base), "grpo.beta=0,1", "grpo.temperature=0.5,1.0", versions=2)
