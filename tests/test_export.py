@@ -1,6 +1,7 @@
 """Exports: that they answer as the policy does, wherever they are loaded, and are asked as it was in training."""
 
 import json
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -401,6 +402,17 @@ def test_what_strangers_named_stays_a_value(made: MadeRun) -> None:
     rows = [line for line in card.text.splitlines() if line.startswith("| base |")]
     assert len(rows) == 1
     assert rows[0].replace("\\|", "").count("|") == 3
+
+
+@pytest.mark.parametrize("name", ["a\\|![x](http://y)", "a\\\\|b", "\\", "a`\\|`b", "|" * 3, "\\|" * 3])
+def test_no_value_ends_its_cell(made: MadeRun, name: str) -> None:
+    card = card_of(made, dataset={"path": None, "name": name})
+    [row] = [line for line in card.text.splitlines() if line.startswith("| dataset |")]
+    cells = re.findall(r"((?:\\.|[^\\|])+)\|", row.removeprefix("|"))  # as GFM takes a row apart
+    assert len(cells) == 2
+    assert cells[1].strip().startswith("`")
+    assert cells[1].strip().endswith("`")
+    assert cells[1].count("`") == 2
 
 
 def test_a_measurement_is_a_table(made: MadeRun, tmp_path: Path) -> None:
