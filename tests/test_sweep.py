@@ -217,6 +217,20 @@ def test_a_folder_is_for_one_sweep_and_one_process(base: Path, tmp_path: Path) -
     assert len({plan.folder, other.folder, changed.folder}) == 3
 
 
+@pytest.mark.parametrize("text", [None, "", "[" * 100_000], ids=["another config", "nothing", "nested"])
+def test_a_run_has_the_settings_of_the_plan_or_none(base: Path, tmp_path: Path, text: str | None) -> None:
+    plan = plan_of(tiny(base), "grpo.beta=0,1")
+    with open_sweep(tmp_path, plan):
+        path = run_folder(tmp_path, plan.trials[0]) / "trial.json"
+    with open_sweep(tmp_path, plan):
+        pass
+    content = json.loads(path.read_text())
+    content["config"]["rewards"]["functions"] = ["exact_match"]
+    path.write_text(json.dumps(content) if text is None else text)
+    with pytest.raises(ConfigError, match=r"trial\.json is not what this sweep wrote"), open_sweep(tmp_path, plan):
+        pass
+
+
 def test_a_run_takes_a_share_of_the_cores() -> None:
     assert is_peer([sys.executable, "-m", "hivegrpo.cli.sweep.worker", "/home/ann/sweep/runs/a", "1"])
 
