@@ -431,6 +431,14 @@ def test_a_measurement_is_a_table(made: MadeRun, tmp_path: Path) -> None:
             read_evaluation(path)
 
 
+MERGES = (
+    "---\n"
+    + "".join(f"a{n}: &a{n}\n  <<: [{', '.join([f'*a{n - 1}'] * 9)}]\n" if n else "a0: &a0 {b: c}\n" for n in range(12))
+    + "---\n"
+)
+"""9^11 copies of a key, for a parser of YAML."""
+
+
 @pytest.mark.parametrize(
     ("card", "named"),
     [
@@ -439,6 +447,12 @@ def test_a_measurement_is_a_table(made: MadeRun, tmp_path: Path) -> None:
         ("---\nlicense: 'My own; see below'\n---\n", None),
         ("---\nlicense: [\n---\n", None),
         ("# A model under the MIT licence\n", None),
+        ("\n---\r\ntags: [a]\r\nlicense: 'mit' \r\n---\r\n", "mit"),
+        ("---\nlicense: mit\nlicense: apache-2.0\n---\n", None),
+        ("---\nother:\n  license: mit\n---\nlicense: mit\n", None),
+        ("---\nlicense: mit\n", None),
+        (f"---\n{'a' * (1 << 16)}: b\nlicense: mit\n---\n", None),
+        (MERGES, None),
         (None, None),
     ],
 )
