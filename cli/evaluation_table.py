@@ -3,12 +3,18 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from hivegrpo.protocol.text import visible_line
+
 Result = dict[str, Any]
 
 
 def table(results: Result) -> Iterator[str]:
     """A row for each metric, a column for each model, in percent with intervals, and for each difference, in points;
-    then what else there is to say."""
+    then what else there is to say. Names may come from strangers."""
+    return map(visible_line, _lines(results))
+
+
+def _lines(results: Result) -> Iterator[str]:
     models = [model["revision"] for model in results["models"]]
     yield from (f"{model['revision']}: {model['title']}" for model in results["models"])
     for benchmark in results["benchmarks"]:

@@ -15,6 +15,7 @@ from hivegrpo.cli.output import configure_logging
 from hivegrpo.protocol.config import PeerConfig
 from hivegrpo.protocol.errors import ConfigError
 from hivegrpo.protocol.files import write_whole
+from hivegrpo.protocol.text import visible_line
 
 if TYPE_CHECKING:
     from hivegrpo.peer.evaluation.evaluation import Show
@@ -78,12 +79,13 @@ def _benchmarks(path: Path | None, flags: dict[str, Any]) -> "EvaluateConfig":
 def _progress() -> "Iterator[Show]":
     """On a terminal a bar, elsewhere a line whenever something else is at work; to stderr."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar, last = progress.add_task("", total=None), ""
 
         def show(what: str, done: int, total: int) -> None:
             nonlocal last
+            what = visible_line(what)
             if what != last and not console.is_terminal:
                 console.print(what, highlight=False, markup=False, soft_wrap=True)
             last = what

@@ -9,6 +9,7 @@ import typer
 
 from hivegrpo.cli.operate_commands import coordinator_app
 from hivegrpo.protocol.errors import HiveError
+from hivegrpo.protocol.text import visible
 
 app = typer.Typer(
     help="Volunteers' machines train one language model together, by reinforcement learning.",
@@ -381,7 +382,7 @@ def main() -> None:
     try:
         app()
     except HiveError as error:
-        typer.echo(f"Error: {error}", err=True)
+        typer.echo(f"Error: {visible(str(error))}", err=True)
         sys.exit(error.exit_code)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import structlog
 
 from hivegrpo.peer.evaluation.intervals import Estimate, wilson
+from hivegrpo.protocol.text import visible
 
 MAX_PROBLEMS = 1e9
 """That a peer may claim to have measured on, before nothing is made of it."""
@@ -49,7 +50,7 @@ def json_lines(stop: asyncio.Event) -> Show:
 
 
 def short_lines(describe: Describe) -> Show:
-    """Writes a line to stderr whenever there is something new to say."""
+    """Writes a line to stderr whenever there is something new to say; parts may come from strangers."""
     last = ""
 
     def show(record: Record) -> None:
@@ -57,7 +58,7 @@ def short_lines(describe: Describe) -> Show:
         subject, line = describe(record)
         if line and subject != last:
             last = subject
-            print(line, file=sys.stderr, flush=True)
+            print(visible(line), file=sys.stderr, flush=True)
 
     return show
 

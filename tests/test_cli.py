@@ -20,6 +20,7 @@ from hivegrpo.cli import coordinator_home
 from hivegrpo.cli.coordinator_home import CONFIG_FILE, find_unfinished, open_home
 from hivegrpo.cli.main import app, main
 from hivegrpo.cli.network import best_first, kept_port
+from hivegrpo.cli.output import short_lines
 from hivegrpo.cli.threads import count_peers, fair_threads, is_peer, usable_cores
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobstore import BlobStore
@@ -197,6 +198,21 @@ def test_errors_keep_their_exit_codes(capsys: pytest.CaptureFixture[str], monkey
 
     monkeypatch.setattr("hivegrpo.cli.check_run.check_run", fail)
     assert fails(capsys, monkeypatch, "check") == (69, "Error: Nobody answers. Ask again.\n")
+
+
+def test_an_error_with_a_stranger_s_words_is_shown_and_not_obeyed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(run: Path | None) -> None:
+        raise UnreachableError("It says \x1b]0;owned\x07.", "Ask\u202e again.")
+
+    monkeypatch.setattr("hivegrpo.cli.check_run.check_run", fail)
+    assert fails(capsys, monkeypatch, "check") == (69, "Error: It says ?]0;owned?. Ask? again.\n")
+
+
+def test_short_lines_with_a_stranger_s_words_are_shown_and_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    short_lines(lambda record: ("serving", f"Version {record['version']} is served."))({"version": "1\x1b[2J"})
+    assert capsys.readouterr().err == "Version 1?[2J is served.\n"
 
 
 # Homes of a coordinator. What a run is made of is not prepared here: tests of the launch do that.

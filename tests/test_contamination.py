@@ -1,6 +1,7 @@
 """Which problems are found in training rows, and which are not."""
 
 from collections.abc import Iterator
+from time import process_time
 
 import pytest
 
@@ -32,6 +33,15 @@ def test_short_prompts_are_compared_whole(problem: str, training: str, same: boo
     result = found([problem, "something else"], training)
     assert result.exact == ((0,) if same else ())
     assert (result.overlapping, result.short, result.training_rows) == ((), 2, 1)
+
+
+@pytest.mark.parametrize("marks", ["\u0301\u0316", "\uff9e\u0f73"], ids=["marks", "those that become marks"])
+def test_a_row_of_combining_marks_takes_no_time(marks: str) -> None:
+    """Whole, 80,000 of them take unicodedata half a minute, which nothing interrupts."""
+    began = process_time()
+    result = found(["caf\u00e9 " + marks * 8], "cafe\u0301 " + marks * 8, "x" + marks * 40_000)
+    assert result.exact == (0,)
+    assert process_time() - began < 2.0
 
 
 def test_thirteen_words_in_a_row_are_an_overlap_and_twelve_are_none() -> None:

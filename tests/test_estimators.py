@@ -3,8 +3,9 @@
 import random
 from collections import Counter
 from itertools import combinations, product
-from math import comb, prod, sqrt
+from math import comb, isqrt, prod, sqrt
 from statistics import fmean
+from time import process_time
 
 import numpy as np
 import pytest
@@ -80,6 +81,15 @@ def test_majority_at_k_holds_at_the_most_samples() -> None:
     tied = ["a", "b"] * (n // 2)
     assert majority_at_k(tied, [answer == "a" for answer in tied], n) == pytest.approx(0.5)
     assert majority_at_k([None] * n, [True] * n, n // 2) == 0.0
+
+
+def test_majority_at_k_takes_a_bounded_time_whatever_the_answers_are() -> None:
+    """As many distinct answers as there may be: once about n^5 steps, that is minutes."""
+    n = MAX_SAMPLES
+    began = process_time()
+    for answers in (list(range(n)), [place // 2 for place in range(n)], [isqrt(2 * place) for place in range(n)]):
+        assert 0.0 < majority_at_k(answers, [answer % 2 == 0 for answer in answers], n // 2 + 1) < 1.0
+    assert process_time() - began < 10.0
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from support.coin import write_coin
 from support.runs import small_config
 
+from hivegrpo.cli.evaluation_table import table
 from hivegrpo.cli.operate import _status
 from hivegrpo.cli.output import describe_accuracy, describe_version
 from hivegrpo.cli.plot import plot_rewards
@@ -215,3 +216,19 @@ def test_a_run_can_be_measured_on_rows_from_elsewhere(tmp_path: Path) -> None:
     assert train.rows == ({"answer": "2", "prompt": "1+1="},)
     assert len(held_out) == 4
     assert held_out.columns == {"prompt", "answer"}
+
+
+def test_the_table_s_names_are_shown_and_not_obeyed() -> None:
+    part = {"revision": "latest", "unfit": []}
+    benchmark = {
+        "name": "sums\x1b]0;owned\x07",
+        "problems": 1,
+        "scores": [],
+        "differences": [],
+        "completions": [part],
+        "contamination": {"checked": False, "why": "none\nlatest: 100 %"},
+    }
+    lines = list(table({"models": [{"revision": "latest", "title": "a\x1b[2J"}], "benchmarks": [benchmark]}))
+    assert lines[0] == "latest: a?[2J"
+    assert lines[2] == "sums?]0;owned?, 1 problems"
+    assert lines[-1] == "Not compared with the training rows: none latest: 100 %"

@@ -1,6 +1,7 @@
 """Exports: that they answer as the policy does, wherever they are loaded, and are asked as it was in training."""
 
 import json
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -339,6 +340,29 @@ def test_the_folder_says_what_it_is(made: MadeRun, tmp_path: Path) -> None:
     assert "of a run of hivegrpo, as it was before training" in (tmp_path / "base" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"run": ["a"]}', "no usable run"),
+        ('{"run": "' + "a" * 65 + '"}', "no usable run"),
+        ('{"version": true}', "no usable version"),
+        ('{"version": ' + "1" * 65 + "}", "no usable version"),
+        ("[" * 100_000, "cannot be read"),
+        ("[]", "not a JSON object"),
+    ],
+    ids=["another type", "long", "no number", "long number", "nested", "a list"],
+)
+def test_a_damaged_origin_is_explained(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "hivegrpo.json").write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        read_origin(tmp_path)
+
+
+def test_names_in_an_origin_are_fit_for_a_terminal(tmp_path: Path) -> None:
+    (tmp_path / "hivegrpo.json").write_text(json.dumps({"run": "a\x1b[2J\nb", "version": "\x9b1", "format": 1}))
+    assert read_origin(tmp_path) == {"run": "a?[2J b", "version": "?1", "format": 1}
+
+
 def card_of(made: MadeRun, options: Options | None = None, **sections: dict[str, Any]) -> ModelCard:
     """The card that a run with other settings would have."""
     origin = provenance_of(open_run(made.folder), 3)
@@ -382,6 +406,17 @@ def test_what_strangers_named_stays_a_value(made: MadeRun) -> None:
     assert rows[0].replace("\\|", "").count("|") == 3
 
 
+@pytest.mark.parametrize("name", ["a\\|![x](http://y)", "a\\\\|b", "\\", "a`\\|`b", "|" * 3, "\\|" * 3])
+def test_no_value_ends_its_cell(made: MadeRun, name: str) -> None:
+    card = card_of(made, dataset={"path": None, "name": name})
+    [row] = [line for line in card.text.splitlines() if line.startswith("| dataset |")]
+    cells = re.findall(r"((?:\\.|[^\\|])+)\|", row.removeprefix("|"))  # as GFM takes a row apart
+    assert len(cells) == 2
+    assert cells[1].strip().startswith("`")
+    assert cells[1].strip().endswith("`")
+    assert cells[1].count("`") == 2
+
+
 def measurement(folder: Path, identity: dict[str, str]) -> Path:
     """What `hivegrpo evaluate` writes of one model, with a little more."""
     path = folder / "results.json"
@@ -417,6 +452,14 @@ def test_a_measurement_of_another_model_is_refused(made: MadeRun, tmp_path: Path
         assert "this one" in (tmp_path / "to" / "README.md").read_text()
 
 
+MERGES = (
+    "---\n"
+    + "".join(f"a{n}: &a{n}\n  <<: [{', '.join([f'*a{n - 1}'] * 9)}]\n" if n else "a0: &a0 {b: c}\n" for n in range(12))
+    + "---\n"
+)
+"""9^11 copies of a key, for a parser of YAML."""
+
+
 @pytest.mark.parametrize(
     ("card", "named"),
     [
@@ -425,6 +468,12 @@ def test_a_measurement_of_another_model_is_refused(made: MadeRun, tmp_path: Path
         ("---\nlicense: 'My own; see below'\n---\n", None),
         ("---\nlicense: [\n---\n", None),
         ("# A model under the MIT licence\n", None),
+        ("\n---\r\ntags: [a]\r\nlicense: 'mit' \r\n---\r\n", "mit"),
+        ("---\nlicense: mit\nlicense: apache-2.0\n---\n", None),
+        ("---\nother:\n  license: mit\n---\nlicense: mit\n", None),
+        ("---\nlicense: mit\n", None),
+        (f"---\n{'a' * (1 << 16)}: b\nlicense: mit\n---\n", None),
+        (MERGES, None),
         (None, None),
     ],
 )

@@ -217,6 +217,20 @@ def test_a_folder_is_for_one_sweep_and_one_process(base: Path, tmp_path: Path) -
     assert len({plan.folder, other.folder, changed.folder}) == 3
 
 
+@pytest.mark.parametrize("text", [None, "", "[" * 100_000], ids=["another config", "nothing", "nested"])
+def test_a_run_has_the_settings_of_the_plan_or_none(base: Path, tmp_path: Path, text: str | None) -> None:
+    plan = plan_of(tiny(base), "grpo.beta=0,1")
+    with open_sweep(tmp_path, plan):
+        path = run_folder(tmp_path, plan.trials[0]) / "trial.json"
+    with open_sweep(tmp_path, plan):
+        pass
+    content = json.loads(path.read_text())
+    content["config"]["rewards"]["functions"] = ["exact_match"]
+    path.write_text(json.dumps(content) if text is None else text)
+    with pytest.raises(ConfigError, match=r"trial\.json is not what this sweep wrote"), open_sweep(tmp_path, plan):
+        pass
+
+
 def test_a_run_takes_a_share_of_the_cores() -> None:
     assert is_peer([sys.executable, "-m", "hivegrpo.cli.sweep.worker", "/home/ann/sweep/runs/a", "1"])
 
@@ -388,6 +402,15 @@ def test_the_report_has_means_over_seeds_and_over_points(base: Path, tmp_path: P
     lines = table(plan, results)
     assert lines[1].startswith("grpo.beta=0, grpo.temperature=0.5  0.150 ±0.071  5.0000 ±1.4142")
     assert lines[-1].endswith("grpo.beta=1, grpo.temperature=1.0, seed 4: It diverged.")
+
+
+def test_an_error_in_the_report_is_one_line_that_a_terminal_shows(base: Path, tmp_path: Path) -> None:
+    plan = plan_of(tiny(base), "grpo.beta=0,1")
+    with open_sweep(tmp_path, plan):
+        write_result(tmp_path, plan, 0, 0.2, 4)
+        Outcome("failed", "No\x1b[2J\nbeta=1  1.000").write(run_folder(tmp_path, plan.trials[1]))
+    lines = table(plan, [Result.read(tmp_path, trial) for trial in plan.trials])
+    assert lines[-1].endswith(": No?[2J beta=1  1.000")
 
 
 def test_values_are_compared_over_the_same_other_values(base: Path, tmp_path: Path) -> None:

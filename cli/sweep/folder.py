@@ -73,7 +73,8 @@ class Task:
 def open_sweep(folder: Path, plan: Plan) -> Iterator[None]:
     """Hold a folder for this sweep, which inside is there with a folder of each run.
 
-    ConfigError if it holds something else; BusyError if another process works on the sweep.
+    ConfigError if it holds something else, or other settings of a run than the plan; BusyError if another process
+    works on the sweep.
     """
     _require_same(folder, plan)
     try:
@@ -96,15 +97,30 @@ def run_folder(sweep: Path, trial: Trial) -> Path:
 
 def _write_trial(folder: Path, trial: Trial, plan: Plan) -> None:
     path = folder / TRIAL_FILE
-    if not path.is_file():
-        content = {
+    content = _json(
+        {
             "settings": trial.settings,
             "seed": trial.config.run.seed,
             "budget": {plan.budget.unit: plan.budget.amount},
             "peers": plan.peers,
             "config": json.loads(trial.config.canonical_json()),
         }
-        write_whole(path, _json(content))
+    )
+    if not path.exists():
+        write_whole(path, content)
+    elif not _says(path, content):
+        raise ConfigError(
+            f"{path} is not what this sweep wrote there: the run would have other settings than the report says.",
+            "Remove that run's folder to have it again, or name another folder with --to.",
+        )
+
+
+def _says(path: Path, content: bytes) -> bool:
+    """Whether a file holds the same JSON."""
+    try:
+        return bool(json.loads(path.read_bytes()) == json.loads(content))
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def _require_same(folder: Path, plan: Plan) -> None:

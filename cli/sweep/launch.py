@@ -22,6 +22,7 @@ from hivegrpo.cli.threads import count_peers, usable_cores
 from hivegrpo.protocol.config import PeerConfig, RunConfig
 from hivegrpo.protocol.errors import ConfigError, HiveError
 from hivegrpo.protocol.files import write_whole
+from hivegrpo.protocol.text import visible
 
 REPORT_FILE = "report.json"
 PLOT_FILE = "report.png"
@@ -175,4 +176,4 @@ def _show_line(record: Record) -> None:
 
 
 def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ from typing import Any
 from hivegrpo.cli.sweep.figures import FIGURES, Figures, Mean, Result, marginal_means, point_means
 from hivegrpo.cli.sweep.grid import describe, text_of
 from hivegrpo.cli.sweep.plan import FORMAT, Plan, counted
+from hivegrpo.protocol.text import visible_line
 
 COLUMNS = {
     "reward": ("reward", ".3f"),
@@ -65,7 +66,7 @@ def table(plan: Plan, results: Sequence[Result]) -> list[str]:
         rows += [[text_of(value), *_cells(Mean(mean.count, mean.figures, {}), names)] for value, mean in values]
         lines += ["", *_aligned(rows)]
     troubles = [_trouble(result) for result in results if result.outcome.state != "finished"]
-    return [*lines, *([""] if troubles else []), *troubles]
+    return list(map(visible_line, [*lines, *([""] if troubles else []), *troubles]))
 
 
 def _mean(mean: Mean) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from hivegrpo.protocol.config import PeerConfig
 from hivegrpo.protocol.errors import HiveError
 from hivegrpo.protocol.history import History, read_history
 from hivegrpo.protocol.homes import locked_home
+from hivegrpo.protocol.text import visible
 
 if TYPE_CHECKING:
     from hivegrpo.cli.training import Training
@@ -44,7 +45,7 @@ def main(folder: Path, threads: int, parent: int) -> None:
             work = Work(folder, Task.read(folder), PeerConfig.load(threads=threads))
             asyncio.run(_run(work, signals, parent))
     except HiveError as error:
-        print(f"Error: {error}", file=sys.stderr, flush=True)
+        print(f"Error: {visible(str(error))}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
 
 

@@ -13,6 +13,7 @@ import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from hivegrpo.peer.learn.messages import Prompt
 
@@ -20,6 +21,9 @@ WORDS = 13
 COMMON = 10
 """Training rows in which an n-gram may occur, before it is a common phrase."""
 WORD = re.compile(r"\w+")
+MOST_MARKS = 32
+"""Of combining marks in a row. Normalisation sorts them by insertion, so its time grows by the square of their number,
+and it cannot be interrupted. Unicode's own bound for text in streams is 30 (UAX #15, section 13)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +80,31 @@ def text_of(prompt: Prompt) -> str:
 
 def normalised(text: str) -> str:
     """The text without differences in case, width of characters (NFKC), and white space. Punctuation stays: it tells
-    12-34 from 12+34."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    12-34 from 12+34. Of combining marks in a row, the first 32 count."""
+    return " ".join(unicodedata.normalize("NFKC", _few_marks(text)).casefold().split())
 
 
 def ngrams(text: str) -> Iterator[int]:
     """Hashes of all 13 words in a row; none if there are fewer."""
     words = WORD.findall(normalised(text))
     return (_hash(" ".join(words[start : start + WORDS])) for start in range(len(words) - WORDS + 1))
+
+
+def _few_marks(text: str) -> str:
+    if text.isascii():
+        return text
+    kept, marks = [], 0
+    for character in text:
+        marks = marks + 1 if _is_mark(character) else 0
+        if marks <= MOST_MARKS:
+            kept.append(character)
+    return "".join(kept)
+
+
+@lru_cache(maxsize=1 << 12)
+def _is_mark(character: str) -> bool:
+    """Whether it is nothing but combining marks, once it is taken apart: U+0F73 and U+FF9E, which are none, are."""
+    return all(map(unicodedata.combining, unicodedata.normalize("NFKD", character)))
 
 
 def _hash(text: str) -> int:

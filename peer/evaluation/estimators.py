@@ -9,7 +9,7 @@ from functools import lru_cache
 from math import comb, prod
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.lib.stride_tricks import sliding_window_view
 
 MAX_SAMPLES = 512
 """Of a problem: counts of subsets, up to comb(512, 256), are within the range of float64."""
@@ -48,37 +48,40 @@ def majority_at_k(answers: Sequence[Hashable | None], solved: Sequence[bool], k:
 
 @lru_cache(maxsize=1 << 16)
 def _expected(votes: tuple[Vote, ...], silent: int, k: int) -> float:
-    """As `majority_at_k`, from the tally: the sum over answers, and over the votes t with which each wins.
+    """As `majority_at_k`, from the tally: the sum over the number t of votes that wins.
 
-    The subsets of k in which answer j has t votes and ties with r others, while the rest have fewer, are counted by
-    C(m_j, t) times the coefficient of x^(k - t) y^r in (1 + x)^silent * prod_{i != j} (sum_{s < t} C(m_i, s) x^s +
-    C(m_i, t) x^t y). The answer then wins with probability 1 / (r + 1).
+    Answers of fewer than t samples can neither win nor tie: their samples are like silent ones. At most n pairs of an
+    answer and a t are left, so the time is of the order of n k^2, whatever the answers are.
     """
-    total = comb(sum(count for count, _ in votes) + silent, k)
-    expected = 0.0
-    for place, (count, share) in enumerate(votes):
-        if share == 0.0:
-            continue
-        others = [other for other, _ in (*votes[:place], *votes[place + 1 :])]
-        for t in range(1, min(count, k) + 1):
-            ways = _subsets(others, silent, k - t, t)
-            chances = 1.0 / np.arange(1, len(ways) + 1)
-            expected += share * comb(count, t) * float(ways @ chances) / total
-    return min(expected, 1.0)
+    n = sum(count for count, _ in votes) + silent
+    wins = 0.0
+    for t in range(1, min(k, max((count for count, _ in votes), default=0)) + 1):
+        rivals = [vote for vote in votes if vote[0] >= t]
+        wins += _wins(rivals, n - sum(count for count, _ in rivals), k, t)
+    return min(wins / comb(n, k), 1.0)
 
 
-def _subsets(others: Sequence[int], silent: int, size: int, most: int) -> NDArray[np.float64]:
-    """(size // most + 1,): subsets of `size` in which no other answer has more than `most` votes, by how many have it.
+def _wins(rivals: Sequence[Vote], others: int, k: int, t: int) -> float:
+    """Subsets of k in which the most votes for an answer are t, each times the mean share of the answers with t votes.
 
-    All terms are positive, so nothing cancels.
+    ways[0, r, s] counts the subsets of s in which r answers have t votes and none has more: the coefficient of
+    x^s y^r in (1 + x)^others * prod_i (sum_{u < t} C(m_i, u) x^u + C(m_i, t) x^t y). ways[1] counts each times the sum
+    of the shares of these r answers. All terms are positive, so nothing cancels.
     """
-    ways = np.zeros((size // most + 1, size + 1))
-    ways[0, : silent + 1] = [comb(silent, s) for s in range(min(silent, size) + 1)]
-    for count in others:
-        extended = ways.copy()
-        for s in range(1, min(count, most - 1, size) + 1):
-            extended[:, s:] += comb(count, s) * ways[:, :-s]
-        if most <= min(count, size):
-            extended[1:, most:] += comb(count, most) * ways[:-1, :-most]
-        ways = extended
-    return np.asarray(ways[:, size])
+    ways = np.zeros((2, min(len(rivals), k // t) + 1, t + k + 1))  # t columns of zeros come before s = 0
+    ways[0, 0, t:] = [comb(others, s) for s in range(k + 1)]
+    for number, (count, share) in enumerate(rivals, 1):
+        # Less than `low` is not enough for k with the answers to come, `high` and more is not reached yet.
+        low, high = max(0, k - t * (len(rivals) - number)), min(k, others + t * number) + 1
+        if low >= high:
+            return 0.0
+        rows = ways[:, : number + 1]
+        new = rows[:, :, t + low : t + high]
+        ties = comb(count, t) * rows[:, :-1, low:high]
+        if t > 1:
+            fewer = np.array([comb(count, u) for u in range(t)], dtype=np.float64)
+            new[:] = sliding_window_view(rows[:, :, low + 1 : high + t], t, axis=2) @ fewer[::-1]
+        new[:, 1:] += ties
+        new[1, 1:] += share * ties[0]
+    ranks = np.arange(1, ways.shape[1])
+    return float((ways[1, 1:, -1] / ranks).sum())

@@ -14,6 +14,7 @@ from hivegrpo.peer.learn.templates import TemplateRenderer
 from hivegrpo.peer.learn.weights import Quantization, load_weights
 from hivegrpo.protocol.config import DatasetSection, GrpoSection, RunConfig
 from hivegrpo.protocol.errors import ConfigError
+from hivegrpo.protocol.text import visible_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +23,8 @@ ORIGIN_FILE = "hivegrpo.json"
 """In an exported folder: where the weights come from, and the settings that they were trained under."""
 MODEL_FILE = "config.json"
 ADAPTER_FILE = "adapter_config.json"
+MOST_CHARACTERS = 64
+"""Of a run's name, and of what is said to be its version."""
 RUN_HINT = "Name the run in place of it: its folder, or its address."
 
 
@@ -106,14 +109,21 @@ def _encoder(tokenizer: "PreTrainedTokenizerBase", dataset: DatasetSection) -> P
 
 
 def read_origin(folder: Path) -> dict[str, Any]:
-    """The content of an exported folder's `hivegrpo.json`; empty if it has none. ConfigError if it is damaged."""
+    """The content of an exported folder's `hivegrpo.json`; empty if it has none. ConfigError if it is damaged.
+
+    The folder may come from strangers: "run" and "version", which are shown, are one short line each.
+    """
     path = folder / ORIGIN_FILE
     if not path.is_file():
         return {}
     try:
         origin = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}.", "Export the model again.") from None
     if not isinstance(origin, dict):
         raise ConfigError(f"{path} is not a JSON object.", "Export the model again.")
-    return origin
+    for name, kinds in (("run", (str,)), ("version", (str, int))):
+        if name in origin and (type(origin[name]) not in kinds or not 0 < len(str(origin[name])) <= MOST_CHARACTERS):
+            raise ConfigError(f"{path} has no usable {name}.", "Export the model again.")
+    shown = {name: visible_line(origin[name]) for name in ("run", "version") if isinstance(origin.get(name), str)}
+    return origin | shown

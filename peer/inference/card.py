@@ -210,7 +210,9 @@ def _range(sizes: Sequence[int]) -> str:
 
 def _code(value: object) -> str:
     """Any value as code in one line of a table, which cannot end there."""
-    text = " ".join(str(value).split()).replace("`", "'").replace("|", "\\|")
+    text = " ".join(str(value).split()).replace("`", "'")
+    # Of two backslashes before a bar the first escapes the second, and the bar ends the cell: set them apart.
+    text = text.replace("\\|", "\\ |").replace("|", "\\|")
     return f"`{text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + ' ...'}`"
 
 

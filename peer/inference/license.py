@@ -8,6 +8,11 @@ from hivegrpo.protocol.errors import ConfigError
 
 IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+_-]{0,63}", re.ASCII)
 """As the hub writes licences."""
+MOST_BYTES = 1 << 16
+"""Of a card that are looked at."""
+FRONT_MATTER = re.compile(r"\s*---[ \t]*\n(.*?\n)---[ \t]*(?:\n|\Z)", re.DOTALL)
+LINE = re.compile(r"""^license:[ \t]+(["']?)([^\s"']+)\1[ \t]*$""", re.MULTILINE)
+"""Found without a YAML parser: strangers write cards, and a few lines of YAML can name gigabytes."""
 
 
 def check_license(text: str) -> str:
@@ -22,14 +27,13 @@ def check_license(text: str) -> str:
 
 def base_license(folder: Path) -> str | None:
     """What the card in a base model's folder says; None if there is no card, or it says nothing that is usable."""
-    from huggingface_hub import metadata_load
-    from yaml import YAMLError  # type: ignore[import-untyped]  # it ships no types
-
     if not (folder / CARD).is_file():
         return None
     try:
-        metadata = metadata_load(folder / CARD) or {}
-    except (OSError, ValueError, YAMLError):
+        with (folder / CARD).open("rb") as file:
+            text = file.read(MOST_BYTES).decode(errors="replace").replace("\r\n", "\n")
+    except OSError:
         return None
-    named = metadata.get("license")
-    return named if isinstance(named, str) and IDENTIFIER.fullmatch(named) else None
+    front = FRONT_MATTER.match(text)
+    named = {found[1] for found in LINE.findall(front[1])} if front is not None else set()
+    return named.pop() if len(named) == 1 and IDENTIFIER.fullmatch(min(named)) else None

@@ -12,21 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from hivegrpo.peer.inference.thinking import Piece
-from hivegrpo.protocol.transport.serving import printable
+from hivegrpo.protocol.text import visible
 
 SIDE_BY_SIDE = 100
 """Columns of a terminal from which on two answers fit beside each other."""
-LAYOUT = frozenset("\n\t\N{NO-BREAK SPACE}\N{IDEOGRAPHIC SPACE}\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}")
-"""What `printable` refuses and text needs."""
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 Show = Callable[[int, Piece], None]
 """Takes the next piece of the answer with that number."""
-
-
-def visible(text: str) -> str:
-    """Text without anything else that a terminal would obey, or that would show it in another order."""
-    return "".join(letter if letter in LAYOUT else printable(letter) for letter in text)
 
 
 class Screen:

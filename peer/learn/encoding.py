@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from hivegrpo.peer.learn.base import damages, require_built_in, unusable
+from hivegrpo.peer.learn.expansion import require_bounded
 from hivegrpo.peer.learn.messages import Message, Prompt
 from hivegrpo.peer.learn.templates import TemplateRenderer, refusal
 from hivegrpo.protocol.config import DatasetSection
 from hivegrpo.protocol.errors import ConfigError
+from hivegrpo.protocol.transport.serving import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,10 +20,11 @@ VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "tekken.json")
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer in a base model's folder; ConfigError if there is none."""
+    """The tokenizer in a base model's folder; ConfigError if there is none, or it makes texts too long."""
     from transformers import AutoTokenizer
 
     require_built_in(folder)
+    require_bounded(folder)
     if not any(path.is_file() for pattern in VOCABULARIES for path in folder.glob(pattern)):
         # transformers would make an empty one.
         raise unusable("tokenizer", folder, f"it has none of {', '.join(VOCABULARIES)}")
@@ -76,8 +79,19 @@ class PromptEncoder:
         return self._renderer.render(messages) if self._renderer is not None else self._render_here(messages)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt. A chat template writes its own special tokens; plain text gets the tokenizer's."""
-        ids: list[int] = self.tokenizer(self.text(prompt), add_special_tokens=not self.chat)["input_ids"]
+        """Token ids of a prompt. A chat template writes its own special tokens; plain text gets the tokenizer's.
+
+        ConfigError as `text`, and for a prompt that the tokenizer fails at.
+        """
+        text = self.text(prompt)
+        try:
+            ids: list[int] = self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"]
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            raise ConfigError(
+                f"The model's tokenizer fails at a prompt: {printable(str(error))}.", "Choose another model."
+            ) from None
         return ids
 
     def decode(self, completion_ids: list[list[int]]) -> list[str]:
@@ -110,6 +124,12 @@ class PromptEncoder:
             "The prompts are chat messages, but the tokenizer has no chat template to put them into.",
             "Choose a model with a chat template, or write the prompts as strings.",
         )
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether it is how Rust code ends that met what it did not expect, such as an expression that takes too long. It
+    is no Exception, and there is no module to import it from."""
+    return type(error).__module__ == "pyo3_runtime"
 
 
 def as_messages(prompt: Prompt, text: str) -> Prompt:

@@ -1,0 +1,14 @@
+"""Strangers' text on a terminal: shown, never obeyed."""
+
+LAYOUT = frozenset("\n\t\N{NO-BREAK SPACE}\N{IDEOGRAPHIC SPACE}\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}")
+"""What `str.isprintable` refuses and text needs."""
+
+
+def visible(text: str) -> str:
+    """Text without anything else that a terminal would obey, or that would show it in another order."""
+    return "".join(letter if letter in LAYOUT or letter.isprintable() else "?" for letter in text)
+
+
+def visible_line(text: str) -> str:
+    """The same on one line, so that it cannot look like a line of its own; each letter takes one place as before."""
+    return visible(text).replace("\n", " ")
