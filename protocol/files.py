@@ -1,7 +1,7 @@
 """Files that are either whole or absent."""
 
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 TEMPORARY = ".writing-"
@@ -9,18 +9,21 @@ TEMPORARY = ".writing-"
 
 
 def write_whole(path: Path, data: bytes | memoryview, mode: int = 0o644) -> None:
-    """Write through a temporary name, fsync, and rename; after a crash the old or the new content is there."""
+    """Write through a temporary name, fsync, and rename; after a crash the old or the new content is there.
+
+    mode: permissions of the file, less what the umask takes away.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{TEMPORARY}{path.name}-")
+    temporary = path.parent / f"{TEMPORARY}{path.name}-{secrets.token_hex(8)}"
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).chmod(mode)
-        Path(name).rename(path)
+        temporary.rename(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 

@@ -204,6 +204,7 @@ def test_commands(talk: Typed, tmp_path: Path) -> None:
     [conversation] = json.loads((tmp_path / "1.json").read_text())["conversations"]
     assert [message["content"] for message in conversation["messages"]] == ["1+1=", expected[0], "/2", expected[1]]
     assert "version 3 of 3" in conversation["messages"][1]["model"]
+    assert (tmp_path / "1.json").stat().st_mode & 0o777 == 0o600
     markdown = (tmp_path / "1.md").read_text()
     assert markdown.startswith("# test (")
     assert markdown.index("## user\n\n1+1=\n") < markdown.index("## user\n\n/2\n")

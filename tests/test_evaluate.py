@@ -17,6 +17,7 @@ from hivegrpo.cli.main import main
 from hivegrpo.peer.evaluation import sampling
 from hivegrpo.peer.evaluation.estimators import pass_at_k
 from hivegrpo.peer.evaluation.evaluation import SAMPLES, evaluate
+from hivegrpo.peer.evaluation.ledger import Ledger
 from hivegrpo.peer.evaluation.problems import load_problems
 from hivegrpo.peer.evaluation.settings import BenchmarkSection, EvaluateConfig
 from hivegrpo.peer.evaluation.training import training_prompts
@@ -203,6 +204,15 @@ def test_another_setting_has_another_file(coin: Path, tmp_path: Path, watched: W
     assert watched.sampled == 8
     assert len(ledgers(tmp_path)) == 2
     assert before.items() < ledgers(tmp_path).items()
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "{", "5"], ids=["nested", "cut", "number"])
+def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
+    ledger = Ledger.open(tmp_path, {"model": "a"}, str)
+    ledger.close()
+    ledger.path.write_bytes(ledger.path.read_bytes() + f"{line}\n".encode())
+    with pytest.raises(ConfigError, match="Line 2 of"):
+        Ledger.open(tmp_path, {"model": "a"}, str)
 
 
 def test_another_seed_is_for_samples_alone(coin: Path, tmp_path: Path, watched: Watched) -> None:

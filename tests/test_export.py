@@ -1,6 +1,7 @@
 """Exports: that they answer as the policy does, wherever they are loaded, and are asked as it was in training."""
 
 import json
+import os
 import re
 import subprocess
 from dataclasses import replace
@@ -306,7 +307,12 @@ def test_the_space_that_begins_a_text_is_put_back_or_missed() -> None:
 
 
 def test_the_folder_says_what_it_is(made: MadeRun, tmp_path: Path) -> None:
-    export(str(made.folder), tmp_path / "out", "2")
+    before = os.umask(0o027)
+    try:
+        export(str(made.folder), tmp_path / "out", "2")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
     origin = read_origin(tmp_path / "out")
     root = made.manifest(2).state.root.hex()
     config = RunConfig.from_json(json.dumps(origin.pop("config")))

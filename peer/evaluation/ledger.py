@@ -127,7 +127,7 @@ def _read_lines(path: Path) -> Iterator[Any]:
         for number, line in enumerate(file, 1):
             try:
                 yield json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise _damaged(path, number) from None
 
 

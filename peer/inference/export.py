@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Sequence
 from copy import deepcopy
@@ -135,8 +136,9 @@ def _write(to: Path, saved: Sequence[tuple[Any, dict[str, Any]]], texts: dict[st
                 one.save_pretrained(folder, **options)
             for name, text in texts.items():
                 write_whole(folder / name, text.encode())
+            mode = stat.S_IMODE((folder / ORIGIN_FILE).stat().st_mode)
             for path in filter(Path.is_file, folder.rglob("*")):
-                path.chmod(0o644)  # safetensors leaves its files private
+                path.chmod(mode)  # safetensors leaves its files private, whatever the umask says
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
             require_free(to)

@@ -11,7 +11,7 @@ from hivegrpo.protocol.files import write_whole
 
 
 def save(conversations: Sequence[Conversation], path: Path) -> None:
-    """Write them to `path`, whole, in the form that its suffix names: .json or .md.
+    """Write them to `path`, whole, in the form that its suffix names: .json or .md. Only its owner can read it.
 
     ConfigError if there is something already, the suffix is another one, nothing was said, or it cannot be written.
     """
@@ -23,7 +23,7 @@ def save(conversations: Sequence[Conversation], path: Path) -> None:
     if not conversations[0].exchanges:
         raise ConfigError("There is nothing to save yet.", "Ask something first.")
     try:
-        write_whole(path, forms[path.suffix](conversations).encode())
+        write_whole(path, forms[path.suffix](conversations).encode(), mode=0o600)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error}.", "Choose another name.") from None
 
