@@ -73,10 +73,10 @@ async def _serve(
             rules = Rules(names, key, settings.queue, settings.max_body_bytes)
             host, port = listener.getsockname()[:2]
             url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-            show({"kind": "listening", "url": url, "models": list(names), "key": key is not None})
-            if not as_json:
-                print(url, flush=True)
             async with _answering(build_app(engines, rules), listener) as serving:
+                show({"kind": "listening", "url": url, "models": list(names), "key": key is not None})
+                if not as_json:
+                    print(url, flush=True)
                 following = [source.follow(engines)] if settings.follow is not None else []
                 await _first_of(stop.wait(), asyncio.wait([serving]), engines.failed(), *following)
         finally:
@@ -156,6 +156,7 @@ async def _answering(app: Any, listener: socket.socket) -> AsyncIterator[asyncio
         proxy_headers=False,
     )
     server = _Server(config)
+    listener.listen(BACKLOG)  # who is told of the address may connect at once, and waits until the server has started
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         yield serving
