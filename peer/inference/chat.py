@@ -1,10 +1,14 @@
 """Talk to the trained model: answers on stdout, everything else on stderr."""
 
 import difflib
+import signal
 import sys
-from contextlib import closing, suppress
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Literal
 
 import torch
@@ -16,6 +20,7 @@ from hivegrpo.peer.inference.locate import is_address
 from hivegrpo.peer.inference.screen import Screen
 from hivegrpo.peer.inference.thinking import Piece
 from hivegrpo.peer.inference.transcript import save
+from hivegrpo.peer.learn.cancel import Cancelled
 from hivegrpo.peer.learn.weights import Quantization
 from hivegrpo.protocol.errors import ConfigError, HiveError
 
@@ -128,22 +133,26 @@ class Talk:
 
     def ask(self, prompt: str) -> None:
         """Show the answers to one prompt. An exchange that does not come to its end is forgotten."""
-        answers = [conversation.answer(prompt) for conversation in self._conversations]
+        stop = threading.Event()
+        answers = [conversation.answer(prompt, stop) for conversation in self._conversations]
         if any(conversation.left_out for conversation in self._conversations) and not self._told_of_room:
             self._told_of_room = True
             self._screen.say("(The conversation has outgrown what the model can read: its beginning is left out.)")
         complete = len(self._conversations[0].exchanges)
         try:
-            with self._screen.answers([conversation.title for conversation in self._conversations]) as show:
+            titles = [conversation.title for conversation in self._conversations]
+            with _interrupts_set(stop), self._screen.answers(titles) as show:
                 for number, pieces in enumerate(answers):
                     show(number, Piece("", False))  # its title is shown even if it says nothing
                     with closing(pieces):
                         for piece in pieces:
                             show(number, piece)
-        except BaseException:
+        except BaseException as error:
             for conversation in self._conversations:
                 del conversation.exchanges[complete:]
             self._screen.end_line()
+            if isinstance(error, Cancelled):
+                raise KeyboardInterrupt from None
             raise
         for conversation in self._conversations:
             if conversation.exchanges[-1].cut:
@@ -221,6 +230,27 @@ class Talk:
         for conversation in self._conversations:
             conversation.switch(opened)
         self._screen.say(opened.title)
+
+
+@contextmanager
+def _interrupts_set(stop: threading.Event) -> Iterator[None]:
+    """Inside, Ctrl-C sets `stop`, and only the second one is raised: what the libraries that compute call back to may
+    swallow an exception that comes in the middle of it.
+    """
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():  # others get no signals
+        yield
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _all_of_stdin() -> str:

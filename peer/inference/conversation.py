@@ -1,5 +1,6 @@
 """One conversation with a model: a prompt in, its answer in pieces as they are sampled."""
 
+import threading
 from collections.abc import Generator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -101,19 +102,19 @@ class Conversation:
         self.exchanges.clear()
         self.left_out = 0
 
-    def answer(self, prompt: str) -> Generator[Piece, None, None]:
+    def answer(self, prompt: str, cancelled: threading.Event | None = None) -> Generator[Piece, None, None]:
         """Its answer, in pieces as they are sampled; it is remembered once the last one has been taken.
 
         ConfigError, at once, for a prompt that is empty or too long, or that the chat template refuses; NumericsError
-        for a model whose logits are not finite.
+        for a model whose logits are not finite. Raises Cancelled between tokens, once that is set.
         """
         prompt = prompt.encode("utf-8", "replace").decode()  # bytes that are not UTF-8 come as lone surrogates
         complaint = prompt_complaint(prompt)
         if complaint is not None:
             raise ConfigError(f"The prompt is {complaint}.", "Shorten it.")
-        return self._stream(prompt, self._encode(prompt))
+        return self._stream(prompt, self._encode(prompt), cancelled)
 
-    def _stream(self, prompt: str, ids: list[int]) -> Generator[Piece, None, None]:
+    def _stream(self, prompt: str, ids: list[int], cancelled: threading.Event | None) -> Generator[Piece, None, None]:
         tokenizer = self.answering.encoder.tokenizer
         length = min(self.max_new_tokens, self._context - len(ids))
         detokenizer = Detokenizer(tokenizer, keep=TAG_TEXTS)
@@ -122,7 +123,7 @@ class Conversation:
         pieces: list[Piece] = []
         cut = True
         with self.answering.base() if self._of_base else nullcontext():
-            for token in stream(self.answering.model, ids, sampling, self._ends, self._generator):
+            for token in stream(self.answering.model, ids, sampling, self._ends, self._generator, cancelled):
                 if token in self._ends:
                     cut = False
                     break

@@ -118,12 +118,17 @@ def sample(
 
 @torch.inference_mode()
 def stream(
-    model: Any, prompt: Sequence[int], sampling: Sampling, end_ids: frozenset[int], generator: torch.Generator
+    model: Any,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    end_ids: frozenset[int],
+    generator: torch.Generator,
+    cancelled: threading.Event | None = None,
 ) -> Iterator[int]:
     """The tokens of one completion of one prompt, each as soon as it is drawn, up to the end token if it comes to one.
 
-    They are those that `sample` draws from the same generator. NumericsError if one is drawn from logits that are not
-    finite.
+    They are those that `sample` draws from the same generator. Raises Cancelled between tokens, and NumericsError if
+    one is drawn from logits that are not finite.
     """
     from hivegrpo.peer.learn.cache import make_cache  # here: it imports transformers
 
@@ -131,6 +136,7 @@ def stream(
     ids = torch.tensor([list(prompt)], device=model.device)
     positions = torch.arange(len(prompt), device=model.device).unsqueeze(0)
     for _ in range(sampling.max_completion_length):
+        check(cancelled)
         taken, logps, _ = draw(_forward(model, ids, None, positions, cache), sampling, generator)
         if not logps.isfinite().item():
             raise _not_finite()
