@@ -2,9 +2,12 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Generator
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -280,7 +283,7 @@ def test_an_exchange_that_one_of_two_does_not_end_is_forgotten_by_both(
     pair = Talk(Screen(), Opening(None, "cpu", None, compare=True), conversations)
     pair.ask("1+1")
 
-    def interrupted(prompt: str) -> Generator[Piece, None, None]:
+    def interrupted(prompt: str, cancelled: threading.Event) -> Generator[Piece, None, None]:
         yield Piece("2", False)
         raise KeyboardInterrupt
 
@@ -288,6 +291,27 @@ def test_an_exchange_that_one_of_two_does_not_end_is_forgotten_by_both(
     with pytest.raises(KeyboardInterrupt):
         pair.ask("2+2")
     assert [len(conversation.exchanges) for conversation in conversations] == [1, 1]
+
+
+def test_ctrl_c_is_noted_and_ends_an_answer_between_tokens(
+    answering: Answering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation = Conversation(answering, 6)
+    talk = Talk(Screen(), Opening(None, "cpu", None, compare=False), [conversation])
+    answer, handler = conversation.answer, signal.getsignal(signal.SIGINT)
+
+    def interrupted(prompt: str, cancelled: threading.Event) -> Generator[Piece, None, None]:
+        pieces = answer(prompt, cancelled)
+        yield next(pieces)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert cancelled.is_set()
+        yield from pieces
+
+    monkeypatch.setattr(conversation, "answer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        talk.ask("1+1")
+    assert conversation.exchanges == []
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_temperature_draws_answers_that_differ(answering: Answering) -> None:
