@@ -12,6 +12,8 @@ import termios
 import time
 from collections.abc import Iterator
 
+import psutil
+
 IN_TERMINAL = (
     "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
 )
@@ -20,6 +22,7 @@ SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 """What moves a cursor or sets a colour."""
 CTRL_C, CTRL_D = "\x03", "\x04"
 ROWS, COLUMNS = 50, 160
+SETTLED_SECONDS = 0.5
 
 
 class Terminal:
@@ -50,6 +53,16 @@ class Terminal:
             _, writable, _ = select.select([], [self._master], [], 0.05)
             if writable:
                 data = data[os.write(self._master, data[:512]) :]
+
+    def settle(self, seconds: float = 90.0) -> None:
+        """Wait until it has slept for half a second, and shown nothing: it waits for a key."""
+        process, deadline = psutil.Process(self._process.pid), time.monotonic() + seconds
+        since, used = time.monotonic(), None
+        while time.monotonic() < since + SETTLED_SECONDS:
+            assert time.monotonic() < deadline, f"still at work after {seconds} s"
+            shown, before, used = self._read(0.02), used, process.cpu_times()[:2]
+            if shown or used != before or process.status() != psutil.STATUS_SLEEPING:
+                since = time.monotonic()
 
     def expect(self, text: str, seconds: float = 90.0) -> str:
         """What it shows up to and with `text`, from where the last call stopped; AssertionError if it does not come."""
