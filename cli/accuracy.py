@@ -36,13 +36,7 @@ def measure_accuracy(run: Path) -> Accuracy | None:
     first = config.rewards.functions[:1]
     options = {name: config.rewards.options.get(name, {}) for name in first}
     settings = PeerConfig()
-    pool = RewardPool(
-        find_rewards(first, options),
-        seconds=settings.reward_seconds,
-        memory_mib=settings.reward_memory_mib,
-        workers=settings.reward_workers,
-    )
-    with pool:
+    with RewardPool.of(find_rewards(first, options), settings) as pool:
 
         def accuracy() -> float:
             length = config.grpo.max_completion_length

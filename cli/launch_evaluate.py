@@ -38,7 +38,7 @@ def launch(
 ) -> None:
     """Measure, write results and plot, and print the table. flags: of a single benchmark, None where left out."""
     configure_logging(verbose=False)
-    from hivegrpo.peer.inference.answering import is_exported
+    from hivegrpo.peer.inference.origin import is_exported
 
     revisions = revisions or (["latest"] if is_exported(source) else ["base", "latest"])
     if len(set(revisions)) < len(revisions):

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from hivegrpo.cli.output import Record, Show, configure_logging, json_lines, short_lines
 from hivegrpo.cli.signals import StopSignals
+from hivegrpo.peer.inference.origin import is_exported
 from hivegrpo.protocol.errors import BusyError, ConfigError
 
 try:
@@ -21,7 +22,7 @@ try:
     from hivegrpo.peer.serving.engine import Launcher
     from hivegrpo.peer.serving.engines import Engines
     from hivegrpo.peer.serving.process import kill_all
-    from hivegrpo.peer.serving.releases import MODEL_FILE, Release, folder_release
+    from hivegrpo.peer.serving.releases import Release, folder_release
     from hivegrpo.peer.serving.settings import ServeConfig
     from hivegrpo.peer.serving.source import Source
     from hivegrpo.peer.serving.streaming import SEND_SECONDS
@@ -48,7 +49,7 @@ def launch(run: str | None, flags: dict[str, Any], *, revision: str, as_json: bo
     signals = StopSignals("the endpoint", kill_all)
     configure_logging(verbose)
     settings = ServeConfig.load(**flags)
-    exported = run is not None and (Path(run).expanduser() / MODEL_FILE).is_file()
+    exported = is_exported(run)
     if settings.follow is not None and (exported or revision != "latest"):
         what = "an exported folder" if exported else f"--revision {revision}"
         raise ConfigError(f"--follow looks for newer versions, and {what} stays the same.", "Leave one of them out.")

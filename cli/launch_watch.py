@@ -12,8 +12,8 @@ from hivegrpo.protocol.address import check_run_id, parse_address
 from hivegrpo.protocol.chain import Chain
 from hivegrpo.protocol.errors import ChainError, ConfigError
 from hivegrpo.protocol.lightclient import LightClient, planned_versions
+from hivegrpo.protocol.text import printable
 from hivegrpo.protocol.transport.base import Dials
-from hivegrpo.protocol.transport.serving import printable
 
 Show = Callable[[Record], None]
 

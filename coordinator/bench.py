@@ -24,8 +24,8 @@ from hivegrpo.protocol.blobstore import BlobStore
 from hivegrpo.protocol.checks import check_digest
 from hivegrpo.protocol.envelope import Opened, parse, run_id_of
 from hivegrpo.protocol.errors import FrameError, RemoteError, WireError
+from hivegrpo.protocol.text import printable
 from hivegrpo.protocol.transport.base import Transport
-from hivegrpo.protocol.transport.serving import printable
 
 JudgeProof = Callable[[bytes], Awaitable[list[tuple[str, str]]]]
 """Who is guilty by a proof, and why; WireError if it shows nothing, or is of another run. Bounded in time."""

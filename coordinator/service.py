@@ -41,8 +41,9 @@ from hivegrpo.protocol.envelope import open_signed, parse, run_id_of, sign_paylo
 from hivegrpo.protocol.errors import ChainError, RemoteError, WireError
 from hivegrpo.protocol.holders import HolderBook
 from hivegrpo.protocol.identity import Identity
+from hivegrpo.protocol.text import printable
 from hivegrpo.protocol.transport.base import MAX_CALL_BYTES, Stream, Transport
-from hivegrpo.protocol.transport.serving import Noise, is_shown, printable
+from hivegrpo.protocol.transport.serving import Noise, is_shown
 
 REPORT = "report"
 FOLLOW = "follow"

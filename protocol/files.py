@@ -1,8 +1,12 @@
-"""Files that are either whole or absent."""
+"""Files that are either whole or absent, and those that have to hold a JSON object."""
 
+import json
 import os
 import secrets
 from pathlib import Path
+from typing import Any
+
+from hivegrpo.protocol.errors import ConfigError
 
 TEMPORARY = ".writing-"
 """Begins the name of a file that is being written. If nobody writes to it any more, it is of no use to anyone."""
@@ -41,3 +45,14 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_object(path: Path, hint: str) -> dict[str, Any]:
+    """The JSON object in a file; ConfigError, which ends in the hint, if it cannot be read, or holds something else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.", hint) from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is not a JSON object.", hint)
+    return values

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from hivegrpo.cli.launch_export import launch
-from hivegrpo.peer.inference.answering import open_answering, read_origin
+from hivegrpo.peer.inference.answering import open_answering
 from hivegrpo.peer.inference.card import Form, model_card
 from hivegrpo.peer.inference.chat_template import adopt_training_template
 from hivegrpo.peer.inference.evaluated import read_evaluation
@@ -30,6 +30,7 @@ from hivegrpo.peer.inference.license import base_license, check_license
 from hivegrpo.peer.inference.load import load
 from hivegrpo.peer.inference.locate import open_run
 from hivegrpo.peer.inference.merge import merge
+from hivegrpo.peer.inference.origin import read_origin
 from hivegrpo.peer.inference.provenance import identity_of, provenance_of
 from hivegrpo.peer.inference.push import push, require_login
 from hivegrpo.peer.learn.encoding import PromptEncoder, load_tokenizer

@@ -18,7 +18,7 @@ from hivegrpo.cli.launch_solo import launch
 from hivegrpo.cli.output import Record
 from hivegrpo.cli.threads import is_peer
 from hivegrpo.cli.training import METRICS_FILE, STATE_FILE, Training, home_of
-from hivegrpo.peer.inference.answering import read_origin
+from hivegrpo.peer.inference.origin import read_origin
 from hivegrpo.peer.learn.cancel import Cancelled
 from hivegrpo.peer.learn.data import Prompts
 from hivegrpo.peer.learn.genesis import version_zero

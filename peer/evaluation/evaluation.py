@@ -13,9 +13,10 @@ from hivegrpo.peer.evaluation.models import Measured, identify, training_of
 from hivegrpo.peer.evaluation.results import Answers, summarize
 from hivegrpo.peer.evaluation.sampling import sample_missing
 from hivegrpo.peer.evaluation.settings import EvaluateConfig
-from hivegrpo.peer.inference.answering import Answering, is_exported, open_answering
+from hivegrpo.peer.inference.answering import Answering, open_answering
 from hivegrpo.peer.inference.load import find_run
 from hivegrpo.peer.inference.locate import is_address
+from hivegrpo.peer.inference.origin import is_exported
 from hivegrpo.peer.inference.states import Revision, choose, parse_revision
 from hivegrpo.protocol.config import PeerConfig
 from hivegrpo.protocol.homes import locked_home, state_folder

@@ -69,12 +69,7 @@ def prepare_exams(
         parts = [Part(GREEDY, 1, conditions.greedily())] if section.greedy else []
         if section.n:
             parts.append(Part(SAMPLED, section.n, conditions))
-        pool = RewardPool(
-            [reward],
-            seconds=settings.reward_seconds,
-            memory_mib=settings.reward_memory_mib,
-            workers=settings.reward_workers,
-        )
+        pool = RewardPool.of([reward], settings)
         prompts: list[Prompt] = [row[PROMPT] for row in problems.rows]
         contamination = _look_for(prompts, training_prompts(run, training, config.training))
         exams.append(Exam(section, problems, reward, pool, tuple(parts), contamination))

@@ -4,7 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from hivegrpo.peer.inference.answering import Answering, read_origin
+from hivegrpo.peer.inference.answering import Answering
+from hivegrpo.peer.inference.origin import read_origin
 from hivegrpo.peer.inference.provenance import BASE_PARTS, identity_of
 from hivegrpo.peer.learn.digests import model_digests
 from hivegrpo.protocol.config import RunConfig

@@ -18,7 +18,7 @@ from hivegrpo.peer.evaluation.conditions import Conditions
 from hivegrpo.peer.evaluation.ledger import Attempt, Ledger
 from hivegrpo.peer.learn.data import PROMPT
 from hivegrpo.peer.learn.encoding import PromptEncoder, as_messages, end_token_ids
-from hivegrpo.peer.learn.sampler import sample_within
+from hivegrpo.peer.learn.sampler import context_of, sample_within
 from hivegrpo.peer.learn.sources import Row
 from hivegrpo.peer.rewards.base import Score
 from hivegrpo.peer.rewards.pool import RewardPool
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 1024
 """Completions between two syncs of the ledger, at most, unless one problem has more."""
-NO_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,7 @@ def sample_missing(
     budget: tokens, prompts included, that are sampled side by side. `on_done` is told of completions as they are there.
     The pool's only function scores. Raises Cancelled, and NumericsError as `sample`.
     """
-    context = int(getattr(model.config.get_text_config(), "max_position_embeddings", NO_LIMIT))
+    context = context_of(model)
     todo, unfit = list[Todo](), list[int]()
     for problem, row in enumerate(rows):
         ids = encoder.encode(row[PROMPT])

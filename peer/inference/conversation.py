@@ -12,7 +12,7 @@ from hivegrpo.peer.inference.detokenizer import Detokenizer
 from hivegrpo.peer.inference.thinking import TAG_TEXTS, Piece, ThinkingSplitter
 from hivegrpo.peer.learn.encoding import end_token_ids
 from hivegrpo.peer.learn.messages import MAX_MESSAGES, Message, Prompt, prompt_complaint
-from hivegrpo.peer.learn.sampler import Sampling, stream
+from hivegrpo.peer.learn.sampler import Sampling, context_of, stream
 from hivegrpo.protocol.errors import ConfigError
 
 TAIL = 16
@@ -140,7 +140,7 @@ class Conversation:
     @property
     def _context(self) -> int:
         """Tokens that the model can look back at, its own included."""
-        return int(getattr(self.answering.model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+        return context_of(self.answering.model)
 
     def _encode(self, prompt: str) -> list[int]:
         """The prompt, after as much of what was said before as leaves room for an answer."""

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hivegrpo.peer.inference.answering import ORIGIN_FILE
 from hivegrpo.peer.inference.card import Form, model_card
 from hivegrpo.peer.inference.chat_template import adopt_training_template
 from hivegrpo.peer.inference.evaluated import Results, Row
 from hivegrpo.peer.inference.license import base_license
 from hivegrpo.peer.inference.load import load
 from hivegrpo.peer.inference.merge import merge
+from hivegrpo.peer.inference.origin import ORIGIN_FILE
 from hivegrpo.peer.inference.provenance import Provenance, identity_of, provenance_of
 from hivegrpo.peer.learn.base import CARD
 from hivegrpo.peer.learn.encoding import end_token_ids

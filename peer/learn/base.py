@@ -1,12 +1,12 @@
 """The frozen base model: a local folder, or one from the hub. Code that comes with a model is never run."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from hivegrpo.protocol.config import ModelSection
 from hivegrpo.protocol.errors import ConfigError, UnreachableError
-from hivegrpo.protocol.transport.serving import printable
+from hivegrpo.protocol.files import read_object
+from hivegrpo.protocol.text import printable
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 SETTINGS = ("config.json", "generation_config.json")
@@ -71,18 +71,12 @@ def unusable(what: str, folder: Path, reason: Exception | str) -> ConfigError:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    if not path.is_file():
         raise ConfigError(
-            f"There is no model in {path.parent}: {error}.",
+            f"There is no model in {path.parent}.",
             "A base model is a folder with config.json, tokenizer files and *.safetensors.",
-        ) from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}.", "Download the model again.") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} is not a JSON object.", "Download the model again.")
-    return values
+        )
+    return read_object(path, "Download the model again.")
 
 
 def _download(name: str, revision: str) -> Path:

@@ -10,7 +10,7 @@ from hivegrpo.peer.learn.messages import Message, Prompt
 from hivegrpo.peer.learn.templates import TemplateRenderer, refusal
 from hivegrpo.protocol.config import DatasetSection
 from hivegrpo.protocol.errors import ConfigError
-from hivegrpo.protocol.transport.serving import printable
+from hivegrpo.protocol.text import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -82,12 +82,7 @@ class Learner:
         self.config, self.peer = config, peer
         self.policy, self.encoder = policy, encoder
         self.prompts, self.held_out = prompts, held_out
-        self.pool = RewardPool(
-            find_rewards(config.rewards.functions, config.rewards.options),
-            seconds=peer.reward_seconds,
-            memory_mib=peer.reward_memory_mib,
-            workers=peer.reward_workers,
-        )
+        self.pool = RewardPool.of(find_rewards(config.rewards.functions, config.rewards.options), peer)
         self.collector = Collector(config, peer, encoder, prompts, self.pool)
         self.version = 0
         self._kept: dict[int, Kept] = {}

@@ -44,6 +44,11 @@ class Completion:
     """Whether it ended by itself, and was not cut at max_completion_length."""
 
 
+def context_of(model: Any) -> int:
+    """Tokens that a model can look back at, its own included; as good as unbounded if its config names no limit."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+
+
 @torch.inference_mode()
 def sample(
     model: Any,

@@ -16,7 +16,7 @@ from hivegrpo.peer.rewards.frames import encode
 from hivegrpo.peer.rewards.process import Call
 from hivegrpo.peer.rewards.registry import CHAT_TEMPLATE
 from hivegrpo.protocol.errors import ConfigError
-from hivegrpo.protocol.transport.serving import printable
+from hivegrpo.protocol.text import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

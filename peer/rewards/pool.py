@@ -11,6 +11,7 @@ from hivegrpo.peer.rewards.base import Completion, Reward, Score, Scored, checke
 from hivegrpo.peer.rewards.crew import Crew
 from hivegrpo.peer.rewards.frames import encode
 from hivegrpo.peer.rewards.process import Call
+from hivegrpo.protocol.config import PeerConfig
 
 BATCH_SECONDS = 30.0
 """The most that a whole batch in one call may take, unless a single completion may take more."""
@@ -39,6 +40,16 @@ class RewardPool:
         isolated = [reward.name for reward in rewards if reward.isolated]
         self._numbers = {name: number for number, name in enumerate(isolated)}
         self._crew = Crew(isolated, memory_mib << 20, workers)
+
+    @classmethod
+    def of(cls, rewards: Sequence[Reward], settings: PeerConfig) -> Self:
+        """With what a volunteer lets functions take on this machine."""
+        return cls(
+            rewards,
+            seconds=settings.reward_seconds,
+            memory_mib=settings.reward_memory_mib,
+            workers=settings.reward_workers,
+        )
 
     def score(
         self,

@@ -19,11 +19,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hivegrpo.peer.inference.origin import MODEL_FILE, held_version, read_origin
 from hivegrpo.protocol.errors import BusyError, ConfigError, HiveError, UnreachableError
+from hivegrpo.protocol.files import read_object
 from hivegrpo.protocol.homes import latest_run
-from hivegrpo.protocol.transport.serving import printable
+from hivegrpo.protocol.text import printable
 
-MODEL_FILE = "config.json"
+AGAIN = "Get the model again."
 EXPORTS = "exports"
 REFUSED = ("*.bin", "*.pt", "*.pth", "adapter_config.json")
 """Pickles, and what names another model to be loaded."""
@@ -48,14 +50,10 @@ def folder_release(folder: Path, revision: str = "latest") -> Release:
 
     ConfigError if it is damaged, of another revision, or has what the engine would load otherwise than as plain data.
     """
-    from hivegrpo.peer.inference.answering import read_origin
-
     folder = folder.expanduser().resolve()
     require_plain(folder)
     origin = read_origin(folder)
-    version = str(origin.get("version", "latest"))
-    if revision not in ("latest", version):
-        raise ConfigError(f"The folder {folder} holds one version: {version}.", "Leave out --revision, or name a run.")
+    version = held_version(folder, origin, revision)
     return Release(folder, str(origin.get("run", folder.name)), version)
 
 
@@ -73,24 +71,14 @@ def require_plain(folder: Path) -> None:
     weights = [path.name for path in folder.glob("*.safetensors") if path.is_file()]
     if not weights:
         raise ConfigError(f"The folder {folder} has no *.safetensors.", hint)
-    architectures = _json(folder / MODEL_FILE).get("architectures")
+    architectures = read_object(folder / MODEL_FILE, AGAIN).get("architectures")
     named = architectures[0] if isinstance(architectures, list) and architectures else None
     if named not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise ConfigError(f"The architecture {printable(str(named))} is not a causal language model's.", hint)
     for index in folder.glob("*.safetensors.index.json"):
-        shards = _json(index).get("weight_map")
+        shards = read_object(index, AGAIN).get("weight_map")
         if not isinstance(shards, dict) or not set(map(str, shards.values())) <= set(weights):
             raise ConfigError(f"{index} names files that are no *.safetensors of its folder.", hint)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}.", "Get the model again.") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} is not a JSON object.", "Get the model again.")
-    return values
 
 
 def export_release(run: str, revision: str) -> Release:

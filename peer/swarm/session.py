@@ -27,8 +27,8 @@ from hivegrpo.protocol.errors import (
     WireError,
 )
 from hivegrpo.protocol.identity import Identity
+from hivegrpo.protocol.text import printable
 from hivegrpo.protocol.transport.base import MAX_CALL_BYTES, Stream, Transport
-from hivegrpo.protocol.transport.serving import printable
 
 log = structlog.get_logger(__name__)
 

@@ -20,9 +20,10 @@ from multiaddr import Multiaddr
 
 from hivegrpo.protocol.address import parse_address
 from hivegrpo.protocol.errors import ConfigError, RemoteError, UnreachableError
+from hivegrpo.protocol.text import printable
 from hivegrpo.protocol.transport.frames import CLOSE_SECONDS
 from hivegrpo.protocol.transport.lightstream import LightStream
-from hivegrpo.protocol.transport.serving import PROTOCOL, printable
+from hivegrpo.protocol.transport.serving import PROTOCOL
 
 # py-libp2p logs each failed dial as an error; what matters of it is raised, and shown once.
 logging.getLogger("libp2p").setLevel(logging.CRITICAL)

@@ -26,11 +26,12 @@ from hivemind.utils.timed_storage import get_dht_time
 from hivegrpo.protocol.address import parse_address
 from hivegrpo.protocol.errors import ConfigError, FrameError, RemoteError, SignatureError, UnreachableError
 from hivegrpo.protocol.identity import PEER_ID_CHARS, Identity, public_key_of
+from hivegrpo.protocol.text import printable
 from hivegrpo.protocol.transport.daemon import Daemon
 from hivegrpo.protocol.transport.dialling import greets
 from hivegrpo.protocol.transport.frames import FramedStream
 from hivegrpo.protocol.transport.rate import UploadCap
-from hivegrpo.protocol.transport.serving import MAX_HINT_BYTES, PROTOCOL, ServingTransport, printable
+from hivegrpo.protocol.transport.serving import MAX_HINT_BYTES, PROTOCOL, ServingTransport
 
 DHT_SECONDS = 5.0
 """How long a node waits for the DHT when it joins or leaves a hint; everything works without."""

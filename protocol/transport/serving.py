@@ -18,6 +18,7 @@ from typing import Any
 import structlog
 
 from hivegrpo.protocol.errors import FrameError, RemoteError, WireError
+from hivegrpo.protocol.text import MAX_REASON_CHARS, printable
 from hivegrpo.protocol.transport.base import MAX_CALL_BYTES, CallHandler, Stream, StreamHandler, Transport
 from hivegrpo.protocol.transport.frames import FramedStream
 from hivegrpo.protocol.transport.rate import UploadCap
@@ -30,7 +31,6 @@ LAST = frozenset({"blob"})
 """Streams that yield to all others."""
 
 MAX_HINT_BYTES = 8 << 10
-MAX_REASON_CHARS = 300
 MAX_NOISY = 1024
 """Peers times kinds of trouble that are counted apart."""
 CALLS_AT_ONCE = 8
@@ -257,8 +257,3 @@ class Noise:
 def is_shown(count: int) -> bool:
     """Whether the `count`-th event of a kind that strangers can cause is worth a line in the log."""
     return count <= 8 or count & (count - 1) == 0
-
-
-def printable(text: str) -> str:
-    """A remote's words, short, and without anything that a terminal would obey."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text[:MAX_REASON_CHARS])
