@@ -4,10 +4,14 @@ A chunk is the unit of encoding, commitment and checking; a span is the contiguo
 reducer reduces.
 """
 
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 CHUNK_VALUES = 16_384
 """Values in a chunk; the last chunk of a vector may hold fewer."""
+
+RUN_CHUNKS = 8
+"""A sender's chunks travel so many in a frame, and are computed with together."""
 
 SPAN_FRAME_BYTES = 128 << 10
 """A reduced span travels in frames of so many bytes; the last one is shorter."""
@@ -29,3 +33,21 @@ def split_evenly(chunks: int, parts: int) -> list[range]:
     size, extra = divmod(chunks, parts)
     bounds = [index * size + min(index, extra) for index in range(parts + 1)]
     return [range(low, high) for low, high in pairwise(bounds)]
+
+
+def runs(values: Sequence[int], most: int = RUN_CHUNKS) -> Iterator[range]:
+    """Consecutive chunks, at most so many, that have equally many values each; `values` says how many each has.
+
+    So the vector's last chunk, if it is shorter, is a run of its own.
+    """
+    start = 0
+    for end in range(1, len(values) + 1):
+        if end == len(values) or end - start == most or values[end] != values[start]:
+            yield range(start, end)
+            start = end
+
+
+def equal_parts(data: bytes, count: int) -> list[bytes]:
+    """`data`, whose length is a multiple of `count`, in `count` equally long parts."""
+    size = len(data) // count
+    return [data[start : start + size] for start in range(0, len(data), size)]

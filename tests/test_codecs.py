@@ -377,6 +377,48 @@ def test_bytes_that_no_encoder_makes_are_refused(name: str, data: bytes, values:
         codec.decode(data, values)
     with pytest.raises(CommitmentError, match=reason):
         codec.norm_squared(data, values)
+    good = codec.encode(torch.ones(values))
+    for run in (data + good + good, good + data + good, good + good + data):
+        with pytest.raises(CommitmentError, match=reason):
+            codec.decode(run, values, 3)
+        with pytest.raises(CommitmentError, match=reason):
+            codec.norm_squared(run, values, 3)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.view(torch.int32), other.view(torch.int32))
+
+
+@codecs
+@pytest.mark.parametrize("values", [1, 31, 32, 100])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_each_chunk_of_a_run_is_what_it_is_alone(codec: Codec, values: int, count: int) -> None:
+    generator = torch.Generator().manual_seed(values)
+    run = torch.randn(count, values, generator=generator)
+    run *= torch.tensor([1e-30, 1.0, 0.0, 1e-20, 1e30][:count]).view(-1, 1)
+    alone = [codec.encode(chunk) for chunk in run]
+    data = codec.encode(run.view(-1), count)
+    assert data == b"".join(alone)
+    decoded = torch.cat([codec.decode(chunk, values) for chunk in alone])
+    assert _same_bits(codec.decode(data, values, count), decoded)
+    assert _same_bits(codec.decode_again(data, values, count), decoded)
+    norms = [codec.norm_squared(chunk, values) for chunk in alone]
+    assert codec.norm_squared(data, values, count) == sum(norms)
+    assert len({*norms}) == count, "one norm for two chunks would hide a mistake"
+    for wrong in (data[:-1], data + b"\0", alone[0] * (count + 1)):
+        with pytest.raises(CommitmentError, match="bytes, not"):
+            codec.decode(wrong, values, count)
+        with pytest.raises(CommitmentError, match="bytes, not"):
+            codec.norm_squared(wrong, values, count)
+
+
+@codecs
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_what_is_not_finite_is_not_encoded_in_a_run(codec: Codec, place: int) -> None:
+    run = torch.ones(3, 40)
+    run[place, 35] = torch.inf
+    with pytest.raises(NonFiniteError, match="NaN or an infinity"):
+        codec.encode(run.view(-1), 3)
 
 
 @codecs
@@ -416,7 +458,7 @@ def test_an_unknown_codec_is_the_users_mistake() -> None:
 
 
 @codecs
-@pytest.mark.parametrize("values", [1, CHUNK_VALUES, CHUNK_VALUES + 1, 3 * CHUNK_VALUES + 100])
+@pytest.mark.parametrize("values", [1, CHUNK_VALUES, CHUNK_VALUES + 1, 3 * CHUNK_VALUES + 100, 17 * CHUNK_VALUES + 5])
 def test_vectors_are_their_chunks_in_order(codec: Codec, values: int) -> None:
     vector = torch.arange(values, dtype=torch.float32) - 1000
     encoded = encode_vector(codec, vector)

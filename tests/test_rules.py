@@ -17,6 +17,7 @@ from hivegrpo.peer.swarm.rules.centered_clip import ITERATIONS, CenteredClip
 from hivegrpo.peer.swarm.rules.order import median, order_keys
 from hivegrpo.peer.swarm.rules.registry import RULES, get_rule
 from hivegrpo.peer.swarm.rules.trimmed_mean import TrimmedMean
+from hivegrpo.protocol.chunks import CHUNK_VALUES
 from hivegrpo.protocol.coefficients import coefficients
 from hivegrpo.protocol.errors import ConfigError
 from hivegrpo.protocol.scalars import fp32_from_bits
@@ -200,6 +201,16 @@ def test_a_chunk_of_an_elementwise_rule_depends_on_that_chunk_alone(rule: Rule) 
     whole = reduce(rule, peers, [1, 2, 3, 4, 5])
     alone = reduce(rule, [[peer[0]] for peer in peers], [1, 2, 3, 4, 5])
     assert torch.equal(whole[0], alone[0]) == rule.elementwise
+
+
+@pytest.mark.parametrize("rule", [get_rule("mean"), get_rule("clip")], ids=["mean", "clip"])
+def test_how_many_chunks_are_in_a_part_does_not_change_a_bit(rule: Rule) -> None:
+    generator = torch.Generator().manual_seed(0)
+    assert rule.most_chunks > 1
+    peers = [torch.randn(rule.most_chunks, CHUNK_VALUES, generator=generator) for _ in range(5)]
+    together = reduce(rule, [[peer.view(-1)] for peer in peers], [1, 2, 3, 4, 5])
+    apart = reduce(rule, [list(peer) for peer in peers], [1, 2, 3, 4, 5])
+    assert torch.equal(torch.cat(together).view(torch.int32), torch.cat(apart).view(torch.int32))
 
 
 def test_an_unknown_rule_is_the_users_mistake() -> None:

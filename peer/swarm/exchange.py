@@ -193,15 +193,16 @@ class Exchange:
             await self.reducer.take(self._identity.peer_id, chunks, header)
             return
         signed = sign(self._identity, self._run_id, header)
-        await self._retry(lambda: self._push_once(index, signed, chunks), self.plan.message.exchange_seconds)
+        frames = layout.pack(chunks)
+        await self._retry(lambda: self._push_once(index, signed, frames), self.plan.message.exchange_seconds)
 
-    async def _push_once(self, index: int, header: pb.Signed, chunks: list[bytes]) -> None:
+    async def _push_once(self, index: int, header: pb.Signed, frames: list[bytes]) -> None:
         """Send a reducer its chunks, and ask for the span, which comes once it is made. The caller bounds the time."""
         stream = await self._directory.open_stream(self.plan.message.reducers[index].peer, PUSH)
         try:
             await stream.send(header.SerializeToString())
-            for chunk in chunks:
-                await stream.send(chunk, timeout=None)
+            for frame in frames:
+                await stream.send(frame, timeout=None)
             ack = parse(pb.Ack, await stream.receive(MAX_HEADER_BYTES, timeout=self.plan.message.exchange_seconds))
             if not ack.accepted:
                 raise RemoteError(f"the reducer refused the push: {ack.reason[:200]}")

@@ -1,8 +1,8 @@
 """Stream "pull": the committed chunks of a span, for whoever computes it again.
 
 Served by contributors (their own) and by the span's reducer (everybody's), to the plan's roster, once it is sealed:
-before that nobody but the reducer has any use for them. A pull is what a push was: the sender's signed header, then one
-frame a chunk.
+before that nobody but the reducer has any use for them. A pull is what a push was: the sender's signed header, then its
+chunks, in the same frames.
 """
 
 import asyncio
@@ -11,15 +11,18 @@ from collections import Counter
 from hivegrpo.peer.swarm.accuse import Sent
 from hivegrpo.peer.swarm.contribution import EncodedVector
 from hivegrpo.peer.swarm.directory import Directory
-from hivegrpo.peer.swarm.reducer import SpanLayout, SpanReducer
+from hivegrpo.peer.swarm.reducer import SpanLayout, SpanReducer, receive_frame
 from hivegrpo.protocol import hivegrpo_pb2 as pb
+from hivegrpo.protocol.chunks import equal_parts
 from hivegrpo.protocol.envelope import Opened, open_signed, parse, sign
-from hivegrpo.protocol.errors import CommitmentError, FrameError, RosterError, StaleError
+from hivegrpo.protocol.errors import CommitmentError, RosterError, StaleError
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.transport.base import Stream
 
 PULL = "pull"
 MAX_HEADER_BYTES = 4096
+PATIENCE = 30.0
+"""Seconds for a frame."""
 MAX_PULLS = 4
 """How often one peer may pull what it can pull here: an audit needs it once."""
 
@@ -62,8 +65,8 @@ class PullServer:
             raise StaleError("the plan was not sealed here") from None
         header, chunks = self._find(request.peer, request.span)
         await stream.send(header.SerializeToString())
-        for chunk in chunks:
-            await stream.send(chunk)
+        for frame in SpanLayout.of(plan, request.span).pack(chunks):
+            await stream.send(frame)
 
     def own(self, span: int) -> Sent:
         """This peer's own chunks of a span."""
@@ -86,14 +89,13 @@ async def pull(
     source: str, sender: str, span: int, *, plan: Opened[pb.RoundPlan], run_id: str, directory: Directory
 ) -> Sent:
     """A sender's chunks of a span, as `source` has them: signed for, of the right sizes, and not checked further."""
-    sizes = SpanLayout.of(plan.message, span).sizes
+    chunks: list[bytes] = []
     async with await directory.open_stream(source, PULL) as stream:
         await stream.send(pb.PullRequest(plan=plan.digest, span=span, peer=sender).SerializeToString())
         signed = parse(pb.Signed, await stream.receive(MAX_HEADER_BYTES))
         header = open_signed(signed, run_id, pb.PushHeader, signer=sender)
         if (header.message.plan, header.message.span) != (plan.digest, span):
             raise CommitmentError("the header is of another plan or span")
-        chunks = [await stream.receive(size) for size in sizes]
-    if any(len(chunk) != size for chunk, size in zip(chunks, sizes, strict=True)):
-        raise FrameError("a chunk is shorter than the plan says")
+        for run, size in SpanLayout.of(plan.message, span).frames():
+            chunks += equal_parts(await receive_frame(stream, size, PATIENCE), len(run))
     return Sent(header, chunks)

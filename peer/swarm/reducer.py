@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from hivegrpo.peer.swarm.evidence import SpanDots
 from hivegrpo.peer.swarm.rules.registry import get_rule
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.checks import MAX_REFUSED_REASON
-from hivegrpo.protocol.chunks import chunk_count, chunk_values
+from hivegrpo.protocol.chunks import chunk_count, chunk_values, equal_parts, runs
 from hivegrpo.protocol.coefficients import norm_bytes
 from hivegrpo.protocol.envelope import Opened
 from hivegrpo.protocol.errors import CommitmentError, FrameError, RosterError
@@ -57,9 +57,20 @@ class SpanLayout:
         """Encoded bytes of the whole span."""
         return sum(self.sizes)
 
+    def frames(self) -> Iterator[tuple[range, int]]:
+        """The frames in which a sender's chunks travel: which chunks, counted in the span, and how many bytes."""
+        return ((run, len(run) * self.sizes[run.start]) for run in runs(self.values))
+
+    def pack(self, chunks: Sequence[bytes]) -> list[bytes]:
+        """A sender's chunks, in frames."""
+        return [b"".join(chunks[run.start : run.stop]) for run, _ in self.frames()]
+
 
 class SpanReducer:
-    """Buffers one span of one plan. Memory is bounded by roster x span: nothing else is ever kept."""
+    """Buffers one span of one plan.
+
+    Memory is bounded by roster x span, and a frame for each sender: nothing else is ever kept.
+    """
 
     def __init__(self, plan: Opened[pb.RoundPlan], span: int) -> None:
         self.plan = plan
@@ -89,41 +100,35 @@ class SpanReducer:
             return
         self._receiving.add(sender)
         began = time.perf_counter()
-        chunks: list[bytes] = []
-        leaves: list[bytes] = []
-        norm = _Norm(self._codec)
+        taken = _Taken(self._codec)
         try:
-            for size, values in zip(self.layout.sizes, self.layout.values, strict=True):
-                chunks.append(await self._frame(stream, size))
-                leaves.append(leaf_hash(chunks[-1]))
-                norm.add(chunks[-1], values)
+            for run, size in self.layout.frames():
+                taken.add(await receive_frame(stream, size), self.layout.values[run.start], len(run))
             self._seconds[sender] = time.perf_counter() - began
-            self._keep(sender, chunks, leaves, norm, header.message)
+            self._keep(sender, taken, header.message)
         except CommitmentError as error:
-            raise RefusedPush(error.message, chunks) from None
+            raise RefusedPush(error.message, taken.chunks) from None
         finally:
             self._receiving.discard(sender)
 
     async def take(self, sender: str, chunks: list[bytes], header: pb.PushHeader) -> None:
         """As `receive`, of chunks that are here."""
-        norm = _Norm(self._codec)
-        for chunk, values in zip(chunks, self.layout.values, strict=True):
-            norm.add(chunk, values)
+        taken = _Taken(self._codec)
+        for (run, _), frame in zip(self.layout.frames(), self.layout.pack(chunks), strict=True):
+            taken.add(frame, self.layout.values[run.start], len(run))
             await asyncio.sleep(0)  # a thread would wait for the event loop with every operation: it has its turn here
-        self._keep(sender, chunks, [leaf_hash(chunk) for chunk in chunks], norm, header)
+        self._keep(sender, taken, header)
 
-    def _keep(
-        self, sender: str, chunks: list[bytes], leaves: list[bytes], norm: "_Norm", header: pb.PushHeader
-    ) -> None:
+    def _keep(self, sender: str, taken: "_Taken", header: pb.PushHeader) -> None:
         """Check a sender's chunks against what it says it sends, and against its committed root, and keep them."""
-        if merkle_root(leaves) != header.content:
+        if merkle_root(taken.leaves) != header.content:
             raise CommitmentError("the chunks are not those that the push's header announces")
         total = chunk_count(self.plan.message.values)
-        check_range(self._roots[sender], total, self.layout.chunks, leaves, header.proof)
-        norm_squared = norm.squared()
+        check_range(self._roots[sender], total, self.layout.chunks, taken.leaves, header.proof)
+        norm_squared = taken.norm_squared()
         if norm_squared > MAX_NORM_SQUARED:
             raise CommitmentError(f"{sender} contributes values so large that the step would overflow")
-        self._norms[sender], self._chunks[sender] = norm_squared, chunks
+        self._norms[sender], self._chunks[sender] = norm_squared, taken.chunks
         if len(self._chunks) == len(self._roots):
             self.all_complete.set()
 
@@ -160,37 +165,48 @@ class SpanReducer:
         """
         evidence = SpanDots(len(seal.contributors))
 
-        def on_chunk(decoded: list[Tensor], reduced: Tensor, encoded: bytes) -> None:
+        def on_run(decoded: list[Tensor], reduced: Tensor, encoded: bytes) -> None:
             on_part(encoded)
             evidence.add(decoded, reduced)
 
-        data = reduce_span(self.plan.message, self.span, seal, self._chunks, on_chunk)
+        data = reduce_span(self.plan.message, self.span, seal, self._chunks, on_run, taken=True)
         self.dots = evidence.dots
         return data
 
-    async def _frame(self, stream: Stream, size: int) -> bytes:
-        chunk = await stream.receive(size, timeout=None)
-        if len(chunk) != size:
-            raise FrameError(f"a chunk of {len(chunk)} bytes where the plan says {size}")
-        return chunk
+
+async def receive_frame(stream: Stream, size: int, timeout: float | None = None) -> bytes:
+    """A frame of chunks, which has this size; FrameError if it has not. The timeout as in `Stream.receive`."""
+    frame = await stream.receive(size, timeout)
+    if len(frame) != size:
+        raise FrameError(f"a frame of chunks with {len(frame)} bytes, where the plan says {size}")
+    return frame
 
 
-class _Norm:
-    """Squared norm of chunks, as they come. What the codec refuses is told at the end: the chunks are proof of it."""
+class _Taken:
+    """A sender's chunks as they come, their leaf hashes, and their squared norm.
+
+    What the codec refuses is told at the end: the chunks are proof of it.
+    """
 
     def __init__(self, codec: Codec) -> None:
+        self.chunks: list[bytes] = []
+        self.leaves: list[bytes] = []
         self._codec = codec
         self._squared = 0
         self._fault: CommitmentError | None = None
 
-    def add(self, chunk: bytes, values: int) -> None:
+    def add(self, frame: bytes, values: int, count: int) -> None:
+        """The next `count` chunks, of `values` values each."""
+        chunks = equal_parts(frame, count)
+        self.chunks += chunks
+        self.leaves += map(leaf_hash, chunks)
         if self._fault is None:
             try:
-                self._squared += self._codec.norm_squared(chunk, values)
+                self._squared += self._codec.norm_squared(frame, values, count)
             except CommitmentError as error:
                 self._fault = error
 
-    def squared(self) -> int:
+    def norm_squared(self) -> int:
         """In units of 2^-298. CommitmentError if no encoder makes one of the chunks."""
         if self._fault is not None:
             raise self._fault
@@ -202,26 +218,35 @@ def reduce_span(
     span: int,
     seal: pb.Seal,
     chunks: Mapping[str, Sequence[bytes]],
-    on_chunk: Callable[[list[Tensor], Tensor, bytes], None] | None = None,
+    on_part: Callable[[list[Tensor], Tensor, bytes], None] | None = None,
+    *,
+    taken: bool = False,
 ) -> bytes:
     """A span's bytes: the plan's rule over the sealed senders' chunks (by peer id), encoded once.
 
-    A canonical function of committed bytes: whoever has the chunks gets the same bytes. `on_chunk` is shown what the
-    contributors have in each chunk, in the seal's order, the result, and its encoding.
+    A canonical function of committed bytes: whoever has the chunks gets the same bytes. `on_part` is shown what the
+    contributors have in each run of chunks, in the seal's order, the result, and its encoding. `taken`: the codec has
+    taken all of the chunks before.
     """
     codec, rule = get_codec(plan.codec), get_rule(plan.rule)
     coefficients = [fp32_from_bits(sealed.coefficient) for sealed in seal.contributors]
     values = SpanLayout.of(plan, span).values
+    parts = list(runs(values, rule.most_chunks))
+    decode_run = codec.decode_again if taken else codec.decode
     decoded: list[Tensor] = []
 
-    def decode(index: int) -> list[Tensor]:
+    def decode(part: int) -> list[Tensor]:
         nonlocal decoded
-        decoded = [codec.decode(chunks[sealed.peer][index], values[index]) for sealed in seal.contributors]
+        run = parts[part]
+        decoded = [
+            decode_run(b"".join(chunks[sealed.peer][run.start : run.stop]), values[run.start], len(run))
+            for sealed in seal.contributors
+        ]
         return decoded
 
-    parts = []
-    for reduced in rule.reduce(range(len(values)), decode, coefficients):
-        parts.append(codec.encode(reduced))
-        if on_chunk is not None:
-            on_chunk(decoded, reduced, parts[-1])
-    return b"".join(parts)
+    encoded = []
+    for run, reduced in zip(parts, rule.reduce(range(len(parts)), decode, coefficients), strict=True):
+        encoded.append(codec.encode(reduced, len(run)))
+        if on_part is not None:
+            on_part(decoded, reduced, encoded[-1])
+    return b"".join(encoded)

@@ -36,6 +36,8 @@ from hivegrpo.protocol.transport.frames import FramedStream
 from support.runs import IntegerLearner, vector_of
 from support.swarm import Swarm
 
+Send = Callable[..., Awaitable[None]]
+
 OTHER_RUN = "ee" * 32
 FLOOD_FRAMES = 2000
 """Frames of a stream without an end; more than any reader of this protocol takes from one stream."""
@@ -53,7 +55,7 @@ class Fault(Enum):
     WRONG_CHUNK = "a chunk with one bit changed"
     SHORT_CHUNK = "a chunk that lacks a value"
     LONG_CHUNK = "a chunk with a value more"
-    REPEATED_CHUNK = "every chunk twice"
+    REPEATED_CHUNK = "one chunk in the place of all"
     FEW_CHUNKS = "all chunks but the last"
     ENDLESS_STREAM = "chunks without an end"
     ONE_BYTE_A_SECOND = "1 byte a second"
@@ -92,8 +94,12 @@ class ByzantineTransport(Transport):
         poison: Callable[[pb.Contribution], bytes],
         victims: Callable[[], list[str]],
         coordinator: str,
+        chunk_bytes: int,
     ) -> None:
-        """`poison` commits to other chunks than the learner's, and gives their root; `victims` are the others."""
+        """`poison` commits to other chunks than the learner's, and gives their root; `victims` are the others.
+
+        `chunk_bytes`: of a whole chunk, encoded.
+        """
         self._inner = inner
         self._identity = identity
         self._run_id = run_id
@@ -101,6 +107,7 @@ class ByzantineTransport(Transport):
         self._poison = poison
         self._victims = victims
         self._coordinator = coordinator
+        self._chunk_bytes = chunk_bytes
         self._recorded: dict[str, Any] = {}
         self._thrown = False
         self._flood: asyncio.Task[None] | None = None
@@ -197,13 +204,16 @@ class ByzantineTransport(Transport):
             Fault.WRONG_CHUNK: _on_frame(2, lambda stream, send, frame: send(bytes([frame[0] ^ 1]) + frame[1:])),
             Fault.SHORT_CHUNK: _on_frame(2, lambda stream, send, frame: send(frame[:-4])),
             Fault.LONG_CHUNK: _on_frame(2, lambda stream, send, frame: send(frame + bytes(4))),
-            Fault.REPEATED_CHUNK: _on_frame(None, _twice),
+            Fault.REPEATED_CHUNK: _on_frame(None, self._repeat),
             Fault.FEW_CHUNKS: _without_the_last,
             Fault.ENDLESS_STREAM: _on_frame(2, _without_end),
             Fault.ONE_BYTE_A_SECOND: _on_frame(2, _slowly),
             Fault.REPLAYED_PUSH: self._replay,
         }
         return changes.get(self._fault)
+
+    async def _repeat(self, _: FramedStream, send: Send, frame: bytes) -> None:
+        await send(frame[: self._chunk_bytes] * (len(frame) // self._chunk_bytes))
 
     def _replay(self, stream: FramedStream) -> None:
         """Send what was sent to this reducer for the first version."""
@@ -272,6 +282,7 @@ def byzantine(swarm: Swarm, name: str, fault: Fault) -> Callable[[Transport], Tr
             poison=poison,
             victims=lambda: [node.identity.peer_id for other, node in swarm.peers.items() if other != name],
             coordinator=swarm.coordinator_identity.peer_id,
+            chunk_bytes=get_codec(swarm.config.averaging.codec).encoded_size(CHUNK_VALUES),
         )
 
     return wrap
@@ -289,9 +300,6 @@ def poisoned(swarm: Swarm, home: Path, contribution: pb.Contribution, bits: int)
     changed = EncodedVector((bytes(first), *honest.chunks[1:]))
     ContributionStore(PeerHome(home).contributions, codec, values, keep=100).add(contribution.version, changed)
     return changed.root
-
-
-Send = Callable[..., Awaitable[None]]
 
 
 def _on_frame(
@@ -313,11 +321,6 @@ def _on_frame(
         stream.send = sending  # type: ignore[method-assign]  # the fault
 
     return change
-
-
-async def _twice(_: FramedStream, send: Send, frame: bytes) -> None:
-    await send(frame)
-    await send(frame)
 
 
 def _without_the_last(stream: FramedStream) -> None:

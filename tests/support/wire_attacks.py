@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -236,16 +237,18 @@ def _norm_of_anything(self: Float32, data: bytes, values: int) -> int:
     return reference.norm_squared(np.nan_to_num(np.frombuffer(data, "<f4"), nan=1.0, posinf=1.0))
 
 
-async def _any_frame(self: reducer.SpanReducer, stream: Any, size: int) -> bytes:
+async def _any_frame(stream: Any, size: int, timeout: float | None = None) -> bytes:
     return bytes(await stream.receive(2 << 20, timeout=10.0))
 
 
 async def _whatever_comes(self: reducer.SpanReducer, stream: Any, header: Any) -> None:
     """Buffers until what was announced is there."""
-    frames: list[bytes] = []
-    while len(frames) != len(self.layout.sizes) or reference.chunks_root(frames) != header.message.content:
-        frames.append(await stream.receive(2 << 20, timeout=10.0))
-    await self.take(header.signer, frames, header.message)
+    data, chunks = b"", list[bytes]()
+    ends = list(accumulate(self.layout.sizes))
+    while len(data) != ends[-1] or reference.chunks_root(chunks) != header.message.content:
+        data += await stream.receive(2 << 20, timeout=10.0)
+        chunks = [data[start:end] for start, end in pairwise([0, *ends])]
+    await self.take(header.signer, chunks, header.message)
 
 
 async def _wait_for_all(self: exchange.Exchange) -> pb.SenderReport | None:
@@ -264,8 +267,12 @@ UNCOMMITTED = [
     (reducer, "check_range", _nothing),
     (reducer, "merkle_root", lambda leaves: _Anything()),
 ]
-UNMEASURED = [(Float32, "decode", _any_values), (Float32, "norm_squared", _norm_of_anything)]
-ANY_SIZE = [*UNCOMMITTED, *UNMEASURED, (reducer.SpanReducer, "_frame", _any_frame)]
+UNMEASURED = [
+    (Float32, "decode", _any_values),
+    (Float32, "norm_squared", _norm_of_anything),
+    (Float32, "check_size", lambda self, data, values, count=1: len(data) // count),
+]
+ANY_SIZE = [*UNCOMMITTED, *UNMEASURED, (reducer, "receive_frame", _any_frame)]
 
 
 class _Anything(bytes):

@@ -5,7 +5,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hivegrpo.peer.floats import NonFiniteError
-from hivegrpo.peer.swarm.codecs.base import check_chunk
 from hivegrpo.peer.swarm.codecs.bits import INFINITE, MAGNITUDE, MANTISSA_BITS
 
 BLOCK = 32
@@ -22,14 +21,18 @@ def split_blocks(chunk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Shapes [blocks, 32] and [blocks, 1]; the last block is padded with zeros. NonFiniteError as `Codec.encode`.
     """
-    check_chunk(chunk)
     missing = -chunk.numel() % BLOCK
     blocks = (pad(chunk, (0, missing)) if missing else chunk.contiguous()).view(-1, BLOCK)
     magnitude = blocks.view(torch.int32) & MAGNITUDE
     largest = magnitude.amax(1, keepdim=True) >> MANTISSA_BITS
-    if int(largest.amax()) == INFINITE:
-        raise NonFiniteError("The vector to encode holds a NaN or an infinity.")
+    refuse_infinite(int(largest.amax()))
     return blocks, magnitude, largest
+
+
+def refuse_infinite(largest: int) -> None:
+    """NonFiniteError if this, the largest biased exponent of what is to be encoded, is that of a NaN or an infinity."""
+    if largest == INFINITE:
+        raise NonFiniteError("The vector to encode holds a NaN or an infinity.")
 
 
 def powers_of_two(exponents: Tensor) -> Tensor:

@@ -5,13 +5,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hivegrpo.peer.floats import keep_subnormals
-from hivegrpo.peer.swarm.codecs.base import Codec
+from hivegrpo.peer.swarm.codecs.base import ChunkwiseCodec, as_tensor
 from hivegrpo.peer.swarm.codecs.bits import MANTISSA_BITS, shifted_sum, split_bits
 from hivegrpo.peer.swarm.codecs.microscaling import BLOCK, block_count, powers_of_two, scale_units, split_blocks
 from hivegrpo.protocol.errors import CommitmentError
 
 
-class MxFloat(Codec):
+class MxFloat(ChunkwiseCodec):
     """Blocks of 32 values under an E8M0 scale, elements of sign, exponent and mantissa, with subnormals.
 
     A block of values x_j has the scale X = 2^(floor(log2(max |x_j|)) - emax), at least 2^-127; an element is x_j / X,
@@ -41,7 +41,7 @@ class MxFloat(Codec):
         self._elements = integers.float()
         self._elements[self._sign :] *= -1.0  # zero has a sign, too
 
-    def encode(self, chunk: Tensor) -> bytes:
+    def encode_chunk(self, chunk: Tensor) -> bytes:
         # Integer operations, and float ones whose operands and results are normal and exact, or zero: no
         # floating-point state of the thread matters here.
         blocks, magnitude, largest = split_blocks(chunk)
@@ -60,13 +60,13 @@ class MxFloat(Codec):
         elements = codes.to(torch.uint8).view(-1)[: chunk.numel()]
         return scale.to(torch.uint8).numpy().tobytes() + self._pack(elements).numpy().tobytes()
 
-    def decode(self, data: bytes | memoryview, values: int) -> Tensor:
+    def decode_chunk(self, data: bytes | memoryview, values: int) -> Tensor:
         keep_subnormals()
         scales, codes = self._parse(data, values)
         elements = self._elements.index_select(0, codes.view(-1).int()).view(-1, BLOCK)
         return (elements * self._units[scales.int()].unsqueeze(1)).view(-1)[:values]
 
-    def norm_squared(self, data: bytes | memoryview, values: int) -> int:
+    def chunk_norm_squared(self, data: bytes | memoryview, values: int) -> int:
         scales, codes = self._parse(data, values)
         squares = self._squares.index_select(0, codes.view(-1).int()).view(-1, BLOCK)
         # An element's lowest bit is 2^(scale - 127 - fraction_bits), its square 2^(2 scale + 44 - 2 fraction_bits)
@@ -83,7 +83,7 @@ class MxFloat(Codec):
 
     def _parse(self, data: bytes | memoryview, values: int) -> tuple[Tensor, Tensor]:
         """Scales, uint8[blocks], and elements' codes, uint8[blocks, 32], the last block padded with zeros."""
-        raw = self._bytes(data, values)
+        raw = as_tensor(data)
         count = block_count(values)
         scales = raw[:count]
         codes = pad(self._unpack(raw[count:], values), (0, -values % BLOCK)).view(-1, BLOCK)

@@ -2,7 +2,8 @@
 
 Elementwise, separately rounded operations in roster order, and no reduction operator: whoever recomputes a span gets
 the same bits. A chunk is below ATen's parallel grain of 32,768 values, so everything runs in the calling thread,
-whose floating-point state `keep_subnormals` holds.
+whose floating-point state `keep_subnormals` holds. NumPy's operations always do: a rule that has no others takes
+several chunks at a time.
 """
 
 from abc import ABC, abstractmethod
@@ -13,7 +14,8 @@ from torch import Tensor
 from hivegrpo.peer.floats import keep_subnormals
 
 Decode = Callable[[int], list[Tensor]]
-"""Chunk `index` of a span, as every sealed contributor has it, in roster order: fp32, 1-D; they stay as they are."""
+"""Part `index` of a span, one chunk or several, as every sealed contributor has it, in roster order: fp32, 1-D; they
+stay as they are."""
 
 
 class Rule(ABC):
@@ -21,6 +23,8 @@ class Rule(ABC):
 
     name: str
     version: int
+    most_chunks: int = 1
+    """How many chunks a part may have. The result does not depend on how many have."""
     elementwise: bool
     """Whether a chunk of the result depends on nothing but the same chunk of the contributions and the coefficients.
 
@@ -28,8 +32,8 @@ class Rule(ABC):
     """
 
     @abstractmethod
-    def reduce(self, chunks: range, decode: Decode, coefficients: Sequence[float]) -> Iterator[Tensor]:
-        """The chunks of the result, in order; a chunk is the last one that was decoded before it is yielded.
+    def reduce(self, parts: range, decode: Decode, coefficients: Sequence[float]) -> Iterator[Tensor]:
+        """The parts of the result, in order; a part is the last one that was decoded before it is yielded.
 
         `coefficients` are the seal's, in roster order, each exactly an fp32 value
         (`hivegrpo.protocol.coefficients`).
@@ -37,17 +41,17 @@ class Rule(ABC):
 
 
 class ElementwiseRule(Rule):
-    """A rule that treats every chunk by itself."""
+    """A rule that treats every value by itself."""
 
     elementwise = True
 
-    def reduce(self, chunks: range, decode: Decode, coefficients: Sequence[float]) -> Iterator[Tensor]:
-        for index in chunks:
+    def reduce(self, parts: range, decode: Decode, coefficients: Sequence[float]) -> Iterator[Tensor]:
+        for index in parts:
             keep_subnormals()
             decoded = decode(index)
             assert len(decoded) == len(coefficients) > 0
-            yield self.reduce_chunk(decoded, coefficients)
+            yield self.reduce_part(decoded, coefficients)
 
     @abstractmethod
-    def reduce_chunk(self, chunks: list[Tensor], coefficients: Sequence[float]) -> Tensor:
-        """One chunk, a new one, from the same chunk of every contributor; these stay as they are."""
+    def reduce_part(self, parts: list[Tensor], coefficients: Sequence[float]) -> Tensor:
+        """One part, a new one, from the same part of every contributor; these stay as they are."""

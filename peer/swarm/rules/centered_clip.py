@@ -44,10 +44,10 @@ class CenteredClip(Rule):
     version = 1
     elementwise = False
 
-    def reduce(self, chunks: range, decode: Decode, coefficients: Sequence[float]) -> Iterator[Tensor]:
+    def reduce(self, parts: range, decode: Decode, coefficients: Sequence[float]) -> Iterator[Tensor]:
         centre: list[Tensor] = []
         squares = [0] * len(coefficients)
-        for index in chunks:
+        for index in parts:
             keep_subnormals()
             decoded = decode(index)
             assert len(decoded) == len(coefficients) > 0
@@ -57,13 +57,13 @@ class CenteredClip(Rule):
         for _ in range(ITERATIONS - 1):
             factors = _factors(squares, radius_squared, coefficients)
             squares = [0] * len(coefficients)
-            for place, index in enumerate(chunks):
+            for place, index in enumerate(parts):
                 keep_subnormals()
                 decoded = decode(index)
                 centre[place] = _step(centre[place], decoded, factors)
                 _add_distances(squares, decoded, centre[place])
         factors = _factors(squares, radius_squared, coefficients)
-        for place, index in enumerate(chunks):
+        for place, index in enumerate(parts):
             keep_subnormals()
             yield _step(centre[place], decode(index), factors)
 

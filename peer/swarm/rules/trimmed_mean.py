@@ -29,5 +29,5 @@ class TrimmedMean(ElementwiseRule):
     name = "trimmed_mean"
     version = 1
 
-    def reduce_chunk(self, chunks: list[Tensor], coefficients: Sequence[float]) -> Tensor:
-        return trimmed(chunks, len(chunks) * SHARE[0] // SHARE[1], coefficients)
+    def reduce_part(self, parts: list[Tensor], coefficients: Sequence[float]) -> Tensor:
+        return trimmed(parts, len(parts) * SHARE[0] // SHARE[1], coefficients)

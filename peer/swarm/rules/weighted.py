@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from hivegrpo.peer.swarm.rules.base import ElementwiseRule
+from hivegrpo.protocol.chunks import RUN_CHUNKS
 
 
 class Mean(ElementwiseRule):
@@ -17,11 +20,14 @@ class Mean(ElementwiseRule):
     name = "mean"
     version = 1
 
-    def reduce_chunk(self, chunks: list[Tensor], coefficients: Sequence[float]) -> Tensor:
-        total = chunks[0] * coefficients[0]
-        for chunk, coefficient in zip(chunks[1:], coefficients[1:], strict=True):
-            total += chunk * coefficient
-        return total
+    most_chunks = RUN_CHUNKS
+
+    def reduce_part(self, parts: list[Tensor], coefficients: Sequence[float]) -> Tensor:
+        # In NumPy, so that no part is too long. The coefficients are fp32 values.
+        total = parts[0].numpy() * np.float32(coefficients[0])
+        for part, coefficient in zip(parts[1:], coefficients[1:], strict=True):
+            total += part.numpy() * np.float32(coefficient)
+        return torch.from_numpy(total)
 
 
 class Clip(Mean):
