@@ -365,6 +365,7 @@ class Coordinator:
         if isinstance(admitted, str):
             self._warn("join refused", peer=peer, reason=admitted)
             await stream.send(_ack(admitted))
+            await stream.linger()
             return
         replaced = replaced_push(peer)
         farewell = self._sign(replaced.type, replaced.payload).SerializeToString()

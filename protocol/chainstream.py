@@ -52,6 +52,7 @@ async def serve_chain(transport: Transport, source: ChainSource) -> None:
         await stream.send(header.SerializeToString())
         for version in versions:
             await stream.send(source.entry(version).SerializeToString())
+        await stream.linger()
 
     await transport.serve_stream(CHAIN, handle)
 

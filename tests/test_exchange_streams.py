@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.runs import IntegerLearner, signed_run, small_config
+from support.streams import on_stream
 from support.swarm import Swarm
 
 from hivegrpo.peer.swarm import directory
@@ -61,6 +62,42 @@ def test_spans_come_back_on_the_streams_that_took_the_chunks(
     asyncio.run(scenario())
     assert opened["push"] == VERSIONS * PEERS * (PEERS - 1)
     assert opened["span"] == 0
+
+
+@pytest.mark.parametrize("name", ["push", "pull", "chain"])
+def test_who_sends_last_does_not_close_first(tmp_path: Path, name: str) -> None:
+    """p2pd may drop what a reader has not read yet when the sender closes."""
+    ends: list[str] = []
+
+    def look(stream: Stream) -> None:
+        close = stream.close
+
+        async def closing() -> None:
+            if stream.bytes_received > 100:  # it got what it asked for
+                with pytest.raises(RemoteError) as told:
+                    await stream.receive(0, 0.3)
+                ends.append(told.value.message)
+            await close()
+
+        stream.close = closing  # type: ignore[method-assign]  # it only looks on
+
+    async def scenario() -> None:
+        async with asyncio.timeout(60):
+            patient = {"lease": 60.0, "exchange": 30.0, "step": 30.0, "grace": 30.0}
+            config = small_config(
+                run={"start_peers": PEERS, "versions": 1}, averaging={"audit_rate": 1.0}, timing=patient
+            )
+            coordinator = Identity.generate()
+            swarm = Swarm(tmp_path, config, signed_run(coordinator, config, VALUES), coordinator)
+            node = await swarm.start_coordinator()
+            for peer in ("a", "b", "c"):
+                await swarm.start_peer(peer, IntegerLearner(VALUES), wrap=on_stream(name, look))
+            await asyncio.gather(*(peer.task for peer in swarm.peers.values()))
+            await node.leave()
+
+    asyncio.run(scenario())
+    assert ends
+    assert all("within 0.3 s" in told for told in ends), ends
 
 
 def test_a_peer_is_dialled_once_and_again_after_a_stream_to_it_failed() -> None:

@@ -207,6 +207,42 @@ def test_a_stream_outlives_a_receive_that_timed_out(bed: Bed) -> None:
     bed(scenario)
 
 
+def test_whoever_lingers_closes_when_the_other_side_has_or_when_its_time_is_up(bed: Bed) -> None:
+    async def scenario(server: ServingTransport, client: ServingTransport) -> None:
+        lingered = asyncio.Event()
+
+        async def say_goodbye(stream: Stream) -> None:
+            seconds = float(await stream.receive(10))
+            await stream.send(b"goodbye")
+            await stream.linger(seconds)
+            lingered.set()
+
+        await server.serve_stream("linger", say_goodbye)
+        async with await client.open_stream(server.peer_id, "linger") as stream:
+            await stream.send(b"60")
+            assert await stream.receive(10) == b"goodbye"
+            with pytest.raises(RemoteError, match=r"within 0\.2 s"):
+                await stream.receive(10, timeout=0.2)
+            assert not lingered.is_set()
+        async with asyncio.timeout(PATIENCE):
+            await lingered.wait()
+        lingered.clear()
+        async with await client.open_stream(server.peer_id, "linger") as stream:
+            await stream.send(b"0.1")
+            assert await stream.receive(10) == b"goodbye"
+            async with asyncio.timeout(PATIENCE):
+                await lingered.wait()
+        async with await client.open_stream(server.peer_id, "linger") as stream:
+            await stream.send(b"60")
+            assert await stream.receive(10) == b"goodbye"
+            await stream.send(b"more")
+            with pytest.raises(RemoteError, match="ended"):
+                await stream.receive(10, PATIENCE)
+        assert server.rejected == {"FrameError": 1}
+
+    bed(scenario)
+
+
 def test_the_end_of_a_stream_is_a_remote_error_on_both_sides(bed: Bed) -> None:
     async def scenario(server: ServingTransport, client: ServingTransport) -> None:
         ended = asyncio.Event()

@@ -176,6 +176,7 @@ class Exchange:
         except TimeoutError:
             raise StaleError(f"span {index} did not become available here, or was not taken, in time") from None
         self._count(stream)
+        await stream.linger()
 
     async def end(self) -> None:
         """Nothing more is done for this attempt: whoever waits for a span that is not here waits in vain."""

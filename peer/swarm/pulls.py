@@ -67,6 +67,7 @@ class PullServer:
         await stream.send(header.SerializeToString())
         for frame in SpanLayout.of(plan, request.span).pack(chunks):
             await stream.send(frame)
+        await stream.linger()
 
     def own(self, span: int) -> Sent:
         """This peer's own chunks of a span."""

@@ -6,14 +6,20 @@ id that a handler sees is authenticated by the transport.
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Protocol, Self
+
+from hivegrpo.protocol.errors import RemoteError
 
 MAX_CALL_BYTES = 1 << 20
 """Largest request or answer of a unary call, bytes."""
 
 MAX_FRAME_BYTES = 2 << 20
 """Largest frame that any stream may carry, bytes; each `receive` states its own, smaller, limit."""
+
+LINGER_SECONDS = 10.0
+"""How long `Stream.linger` waits for the other side."""
 
 
 class Stream(ABC):
@@ -41,6 +47,15 @@ class Stream(ABC):
         FrameError if its prefix announces more (nothing of the body is read), RemoteError at the end of the stream,
         when it breaks, or when `timeout` seconds pass.
         """
+
+    async def linger(self, timeout: float = LINGER_SECONDS) -> None:
+        """Wait until the other side closes, for at most so long. FrameError if it sends something instead.
+
+        For whoever sends last, before it closes. p2pd may reset a stream that this side closes first, and what the
+        other side has not read by then is lost.
+        """
+        with suppress(RemoteError):
+            await self.receive(0, timeout)
 
     @abstractmethod
     async def close(self) -> None:
