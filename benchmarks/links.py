@@ -42,8 +42,10 @@ class Link:
 class Links:
     """The namespaces of one benchmark: node i is 10.77.0.(i + 1), and all are gone when the `with` block has ended."""
 
-    def __init__(self, links: list[Link]) -> None:
+    def __init__(self, links: list[Link], congestion_control: str = "cubic") -> None:
+        """`congestion_control`: TCP's, on all links."""
         self._links = links
+        self._congestion_control = congestion_control
         self._name = f"{PREFIX}{os.getpid()}-"
 
     @property
@@ -85,6 +87,8 @@ class Links:
         _do("ip", "-n", name, "addr", "add", f"{self.host(node)}/24", "dev", "eth0")
         for namespace, device in ((name, "lo"), (name, "eth0"), (hub, port)):
             _do("ip", "-n", namespace, "link", "set", device, "up")
+        network = ["10.77.0.0/24", "dev", "eth0", "src", self.host(node)]
+        _do("ip", "-n", name, "route", "replace", *network, "congctl", self._congestion_control)
         for namespace, device, mbit in ((name, "eth0", link.up_mbit), (hub, port, link.down_mbit)):
             if mbit:
                 limit = ["rate", f"{mbit}mbit", "burst", str(BURST_BYTES), "latency", f"{QUEUE_MS}ms"]

@@ -51,6 +51,8 @@ class Size:
     down_mbit: float
     delay: float
     """Seconds from one node to another."""
+    tcp: str
+    """Its congestion control."""
 
     @property
     def contribution(self) -> float:
@@ -68,7 +70,7 @@ def run(size: Size, folder: Path, overlap: bool = False, rollout: float = 0.0) -
     links = [Link(size.up_mbit, size.down_mbit)] * size.peers + [Link(0.0, 0.0)]
     versions = WARM_UP + size.rounds
     folder.mkdir(exist_ok=True)
-    with Links(links) as network, Crew(folder) as crew:
+    with Links(links, size.tcp) as network, Crew(folder) as crew:
         crew.start("switch.py", "switch", len(links), size.delay, within=network.hub).hear("switching", START_SECONDS)
         averaging = {"audit_rate": 0.0, "overlap": overlap}
         tables = json.dumps({"averaging": averaging, "timing": {"exchange": 60.0}})
@@ -206,16 +208,20 @@ def main() -> int:
     parser.add_argument("--up", type=float, default=20.0, help="Mbit/s of each peer's uplink")
     parser.add_argument("--down", type=float, default=100.0, help="Mbit/s of each peer's downlink")
     parser.add_argument("--delay", type=float, default=0.05, help="seconds from one node to another")
+    parser.add_argument(
+        "--tcp", default="cubic", help="congestion control; cubic is Linux's, macOS's and Windows' default"
+    )
     parser.add_argument("--overlap", action="store_true", help="measure how much of the time peers sample, instead")
     parser.add_argument("--rollout", type=float, default=60.0, help="with --overlap: seconds of a real rollout")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw figures there")
     arguments = parser.parse_args()
-    size = Size(arguments.values, arguments.peers, arguments.rounds, arguments.up, arguments.down, arguments.delay)
+    line = (arguments.up, arguments.down, arguments.delay, arguments.tcp)
+    size = Size(arguments.values, arguments.peers, arguments.rounds, *line)
     if size.values < 2 or size.peers < 2 or size.rounds < 1:
         parser.error("--values and --peers must be at least 2, --rounds at least 1")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     print(f"{size.peers} peers, {size.contribution / 1e6:.2f} MB each; {size.up_mbit:g} Mbit/s up,", end=" ")
-    print(f"{size.down_mbit:g} down, {size.delay * 1e3:g} ms one way; ideal {size.ideal:.2f} s;", end=" ")
+    print(f"{size.down_mbit:g} down, {size.delay * 1e3:g} ms one way, {size.tcp}; ideal {size.ideal:.2f} s;", end=" ")
     print(f"load {os.getloadavg()[0]:.2f}", flush=True)
     try:
         with tempfile.TemporaryDirectory(prefix="bench-") as name, keeping_failures(Path(name)):

@@ -230,7 +230,7 @@ class Volunteer:
         voted = asyncio.Event()
         auditing = asyncio.create_task(self._auditor.audit(exchange, seal, voted))
         try:
-            root = await self._step(plan, seal, spans)
+            root = await self._step(exchange, seal, spans)
             await self._vote(exchange, seal, spans, root)
             voted.set()
             await auditing
@@ -262,11 +262,11 @@ class Volunteer:
         is_sealed = any(sealed.peer == self._identity.peer_id for sealed in seal.message.contributors)
         return ACK_SECONDS if is_sealed else 0.0
 
-    async def _step(self, plan: Opened[pb.RoundPlan], seal: Opened[pb.Seal], spans: Sequence[Span]) -> bytes:
+    async def _step(self, exchange: Exchange, seal: Opened[pb.Seal], spans: Sequence[Span]) -> bytes:
         """The optimizer step beside the current state; its root (step 9)."""
-        data = [span.data for span in spans]
+        plan, data = exchange.plan, [span.data for span in spans]
         with self._desk.device_time.stepping():
-            state, root = await self._on_canonical(self._versions.shadow, plan.message, data)
+            state, root = await self._on_canonical(self._versions.shadow, plan.message, data, exchange.gradient)
         self._shadow = Shadow(plan, seal, state, root)
         await self._session.touch()
         return root

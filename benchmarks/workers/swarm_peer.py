@@ -39,7 +39,7 @@ class TellingStopwatch(Stopwatch):
         say(
             "averaged",
             round=self.decoded - self.reported,
-            data=report.metrics["seconds/exchange"] + self.decoding,
+            data=report.metrics["seconds/exchange"],
             encoding=self.reported - self.learned,
             averaged=self._mean.matches(self.average),
             digest=sha256(self.average.numpy()).hexdigest(),

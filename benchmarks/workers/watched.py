@@ -1,7 +1,7 @@
 """A peer of a run without a model, watched from outside: what swarm_peer.py and wan_peer.py share.
 
-The product has no switches for this. The transport sees the peer's reports go out, and `decode_vector`, as
-`hivegrpo.peer.swarm.replay` calls it, returns when the averaged gradient is decoded.
+The product has no switches for this. The transport sees the peer's reports go out, and the optimizer step, as
+`hivegrpo.peer.swarm.replay` takes it, begins when the averaged gradient is decoded.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ from hivegrpo.peer.desk import Learns
 from hivegrpo.peer.home import PeerHome
 from hivegrpo.peer.learn.evaluation import Evaluation
 from hivegrpo.peer.learn.learner import LearnedContribution
+from hivegrpo.peer.learn.step import PolicyState, adamw_step
 from hivegrpo.peer.swarm import replay
 from hivegrpo.peer.swarm.codecs.base import Codec
 from hivegrpo.peer.swarm.codecs.vectors import decode_vector
@@ -31,6 +32,7 @@ from hivegrpo.protocol.chainstream import fetch_run
 from hivegrpo.protocol.config import RunConfig
 from hivegrpo.protocol.envelope import parse
 from hivegrpo.protocol.identity import Identity
+from hivegrpo.protocol.scalars import StepScalars
 from hivegrpo.protocol.transport.frames import FramedStream
 from hivegrpo.protocol.transport.p2p import P2PTransport
 
@@ -39,11 +41,11 @@ class Stopwatch:
     """Times of the round in progress, in seconds since some moment. A subclass says what a vote means to it."""
 
     def __init__(self) -> None:
-        self.learned = self.reported = self.decoded = self.decoding = 0.0
+        self.learned = self.reported = self.decoded = 0.0
         self.average = torch.zeros(0)
         self.encoded = 0
         """Bytes that the average was decoded from."""
-        self._contributed = self._voted = 0
+        self._contributed = self._voted = self._encoded = 0
 
     def voted(self, report: pb.StepReport) -> None:
         """A vote is about to be sent, for the first time."""
@@ -61,12 +63,15 @@ class Stopwatch:
                 self.voted(report)
 
     def decode(self, codec: Codec, data: bytes | memoryview, values: int) -> Tensor:
-        """`decode_vector`, and the time at which it is done."""
-        began = time.perf_counter()
-        vector = decode_vector(codec, data, values)
-        self.decoded, self.average, self.encoded = time.perf_counter(), vector, len(data)
-        self.decoding = self.decoded - began
-        return vector
+        """`decode_vector`, of a part of the average."""
+        self._encoded += len(data)
+        return decode_vector(codec, data, values)
+
+    def step(self, state: PolicyState, gradient: Tensor, scalars: StepScalars, *, out: PolicyState) -> None:
+        """`adamw_step`, and the time at which it begins: then all of the average is decoded."""
+        self.decoded, self.average = time.perf_counter(), gradient
+        self.encoded, self._encoded = self._encoded, 0
+        adamw_step(state, gradient, scalars, out=out)
 
 
 class WatchedTransport(P2PTransport):
@@ -136,7 +141,11 @@ async def take_part(
         sharing = Sharing(transport, identity, chain.run_id, chain.coordinator, BlobStore(home.blobs))
         await sharing.start()
         watch = transport.watch
-        with ThreadPoolExecutor(max_workers=1) as worker, patch.object(replay, "decode_vector", watch.decode):
+        with (
+            ThreadPoolExecutor(max_workers=1) as worker,
+            patch.object(replay, "decode_vector", watch.decode),
+            patch.object(replay, "adamw_step", watch.step),
+        ):
             gc.collect()
             gc.freeze()  # as the daemon does
             await work_in_run(

@@ -19,6 +19,7 @@ from hivegrpo.peer.swarm.directory import Directory
 from hivegrpo.peer.swarm.making import SpanInMaking, frame_sizes, split_frames
 from hivegrpo.peer.swarm.pulls import PULL, PullServer
 from hivegrpo.peer.swarm.reducer import RefusedPush, SpanLayout, SpanReducer
+from hivegrpo.peer.swarm.replay import AveragedGradient
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.audits import receipt_of
 from hivegrpo.protocol.blobs import blob_ref, blob_root
@@ -65,11 +66,13 @@ class Exchange:
         self.plan = plan
         self.own = own
         self.spans: dict[int, Span] = {}
+        self.gradient = AveragedGradient(plan.message)
+        """Of the spans that are here."""
         self.pulls = PullServer(plan, own, identity, run_id)
         """Serves the chunks that are here to whoever audits a span."""
         self.began = time.perf_counter()
         self.seconds = 0.0
-        """From the plan until all spans are here."""
+        """From the plan until all spans are here, and decoded."""
         self.span_seconds = [0.0] * len(plan.message.reducers)
         """That each span took to come from its reducer; 0 for the own, and from others."""
         self.bytes_sent = 0
@@ -227,6 +230,7 @@ class Exchange:
             finally:
                 making.end()
                 self._making = None
+            await self._decode(index)
             return
         layout = SpanLayout.of(self.plan.message, index)
         first = self.plan.message.reducers[index].peer
@@ -244,6 +248,13 @@ class Exchange:
             await self._keep(index, span)
 
         await self._retry(fetch, self.plan.message.step_seconds)
+        await self._decode(index)
+
+    async def _decode(self, index: int) -> None:
+        """Decode a span that is here while others are on their way; what is wrong with it is said by the step."""
+        data = self.spans[index].data
+        with suppress(CommitmentError):
+            await asyncio.get_running_loop().run_in_executor(self._worker, self.gradient.add, index, data)
 
     def _others(self, first: str) -> list[str]:
         """Who else may have a span, reducers first: all others are connected to these, since they pushed to them.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hivegrpo.peer.learn.genesis import version_zero
 from hivegrpo.peer.learn.step import PolicyState, state_bytes, state_from_bytes
-from hivegrpo.peer.swarm.replay import replay
+from hivegrpo.peer.swarm.replay import AveragedGradient, replay
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.blobs import BlobRef, blob_root
 from hivegrpo.protocol.blobstore import BlobStore
@@ -77,13 +77,15 @@ class Versions:
         if head is None or plan.parent != head.manifest.digest or (plan.codec, plan.rule, plan.values) != run:
             raise StaleError("a plan for another chain, or with other terms than the run's")
 
-    def shadow(self, plan: pb.RoundPlan, spans: Sequence[bytes]) -> tuple[PolicyState, bytes]:
+    def shadow(
+        self, plan: pb.RoundPlan, spans: Sequence[bytes], gradient: AveragedGradient | None = None
+    ) -> tuple[PolicyState, bytes]:
         """The state after the plan's step, beside the current one, and its root. Runs on the worker thread.
 
         The spans are in the store before this returns: once the version is committed, others ask for them at once.
         """
         self._forget_pending()
-        shadow = replay(self.state, plan, spans)
+        shadow = replay(self.state, plan, spans, gradient)
         self._pending = [self.store.add_bytes(span) for span in spans]
         self._held |= {ref.root for ref in self._pending}
         return shadow, blob_root(state_bytes(shadow))
