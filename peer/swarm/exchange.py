@@ -123,7 +123,10 @@ class Exchange:
         try:
             async with asyncio.timeout(self.plan.message.step_seconds):
                 await asyncio.gather(*(self._obtain(index, seal) for index in range(len(self.plan.message.reducers))))
-        except TimeoutError:
+        except BaseException as error:
+            self.gradient = AveragedGradient(self.plan.message)  # as long as a gradient, and kept with its attempt
+            if not isinstance(error, TimeoutError):
+                raise
             missing = sorted(set(range(len(self.plan.message.reducers))) - set(self.spans))
             raise RemoteError(f"spans {missing} did not come within {self.plan.message.step_seconds:.0f} s") from None
         self.seconds = time.perf_counter() - self.began

@@ -18,24 +18,32 @@ class AveragedGradient:
 
     def __init__(self, plan: pb.RoundPlan) -> None:
         self._plan = plan
-        self._vector = torch.empty(plan.values)
+        self._vector: Tensor | None = None
         self._decoded: set[int] = set()
 
     def add(self, index: int, span: bytes) -> None:
         """Decode span `index`, unless it is here. CommitmentError if it is not what the plan's codec makes."""
         if index in self._decoded:
             return
+        if self._vector is None:
+            self._vector = torch.empty(self._plan.values)
         reducer = self._plan.reducers[index]
         part = self._vector[reducer.first * CHUNK_VALUES :][: reducer.chunks * CHUNK_VALUES]
         part.copy_(decode_vector(get_codec(self._plan.codec), span, part.numel()))
         self._decoded.add(index)
 
-    def whole(self, spans: Sequence[bytes]) -> Tensor:
-        """The vector, fp32, of all spans of the plan, in order; those that were added are the same. Errors as `add`."""
+    def take(self, spans: Sequence[bytes]) -> Tensor:
+        """The vector, fp32, of all spans of the plan, in order; those that were added are the same. Errors as `add`.
+
+        Nothing of it is here afterwards.
+        """
+        assert len(spans) == len(self._plan.reducers)
         for index, span in enumerate(spans):
             self.add(index, span)
-        assert len(self._decoded) == len(self._plan.reducers)
-        return self._vector
+        vector, self._vector = self._vector, None
+        self._decoded.clear()
+        assert vector is not None
+        return vector
 
 
 def replay(
@@ -46,6 +54,6 @@ def replay(
     `gradient` may have some of the spans already. CommitmentError if the spans are not what the plan's codec makes.
     """
     shadow = state.empty_like()
-    whole = (gradient or AveragedGradient(plan)).whole(spans)
-    adamw_step(state, whole, StepScalars.from_bits(list(plan.scalars)), out=shadow)
+    vector = (gradient or AveragedGradient(plan)).take(spans)
+    adamw_step(state, vector, StepScalars.from_bits(list(plan.scalars)), out=shadow)
     return shadow
