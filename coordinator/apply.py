@@ -7,6 +7,7 @@ from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.ahead import adopt_ahead, await_ahead, expire_ahead, grant_ahead, meet_ahead, miss_ahead
 from hivegrpo.coordinator.invites import Invite
 from hivegrpo.coordinator.rates import follow
+from hivegrpo.coordinator.readings import senders_of, vote_of
 from hivegrpo.coordinator.round import EVALUATION_PREFIX, Attempt, Audit, Granted, Held, Round, empty_pause
 from hivegrpo.coordinator.speeds import Pacing, Waiting, observe, observe_at_most
 from hivegrpo.coordinator.state import Ban, Head, Member, Phase, Promotion, State
@@ -266,10 +267,9 @@ def _plan(state: State, payload: bytes, at: float) -> None:
 
 
 def _report_senders(state: State, signed: pb.Signed) -> None:
-    report = parse(pb.SenderReport, signed.payload)
     attempt = state.round.attempt
     assert attempt is not None
-    attempt.take_report(signed.signer, report)
+    attempt.take_report(signed.signer, senders_of(signed.payload))
 
 
 def _seal(state: State, payload: bytes, at: float) -> None:
@@ -281,19 +281,19 @@ def _seal(state: State, payload: bytes, at: float) -> None:
 
 
 def _vote(state: State, signed: pb.Signed, at: float) -> None:
-    report = parse(pb.StepReport, signed.payload)
+    vote, voter = vote_of(signed.payload), signed.signer
     current, last = state.round.attempt, state.last
-    if current is not None and report.plan == current.digest:
-        current.vote(signed.signer, report, at)
+    if current is not None and vote.plan == current.digest:
+        current.vote(voter, vote, at)
         if current.quorum_at is not None and not current.seed:
             current.seed = seed_of(state.terms.secret, current.seal_digest)
             current.drawn = draw(current.plan, current.seed, state.terms.config.averaging.audit_rate)
-    elif last is not None and report.plan == last.digest:
-        last.vote(signed.signer, report, at)
-        if last.votes[signed.signer] == last.winner():
-            _hold(state, signed.signer, report.version, report.state_root)
+    elif last is not None and vote.plan == last.digest:
+        last.vote(voter, vote, at)
+        if vote.ballot == last.winner():
+            _hold(state, voter, vote.version, vote.ballot[0])
         else:
-            state.standing.charge([signed.signer], report.version)
+            state.standing.charge([voter], vote.version)
 
 
 def _audit(state: State, signed: pb.Signed) -> None:
