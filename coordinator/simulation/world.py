@@ -276,9 +276,11 @@ class World:
 
 def _absorb(digest: Digest, event: ev.Event) -> None:
     """Take an event into a digest, whole."""
-    parts = [type(event).__name__.encode()]
-    for name in type(event).__slots__:
+    kind = type(event)
+    parts = [kind.__name__.encode()]
+    for name in kind.__slots__:
         value = getattr(event, name)
-        data = value if isinstance(value, bytes) else repr(value).encode()
-        parts += (len(data).to_bytes(8, "big"), data)
+        data = value if type(value) is bytes else repr(value).encode()
+        parts.append(len(data).to_bytes(8, "big"))
+        parts.append(data)
     digest.update(b"".join(parts))
