@@ -227,11 +227,12 @@ def _contribute(state: State, signed: pb.Signed, at: float) -> None:
     current = state.round
     seconds = _measured(state.leases[contribution.lease], at)
     lease = _end_lease(state, contribution.lease)
+    worked = len(contribution.used) + len(contribution.dropped)
     if seconds is not None:
-        observe(state.speeds, lease.peer, len(contribution.used) + len(contribution.dropped), seconds)
+        observe(state.speeds, lease.peer, worked, seconds)
     if lease.iteration == 0:
-        state.positions.give_back(sorted(lease.start + offset for offset in contribution.returned))
-        current.spent += min(lease.wanted, len(contribution.used) + len(contribution.dropped))
+        state.positions.give_back([lease.start + offset for offset in sorted(contribution.returned)])
+        current.spent += min(lease.wanted, worked)
     if lease.evaluate:
         current.evaluation = {
             name: value for name, value in contribution.metrics.items() if name.startswith(EVALUATION_PREFIX)

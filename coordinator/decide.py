@@ -209,7 +209,7 @@ def _plan(state: State, now: float) -> Decision:
 
 def _exchange(state: State, attempt: Attempt, now: float) -> Decision:
     timing = state.terms.config.timing
-    missing = [reducer.peer for reducer in attempt.plan.reducers if reducer.peer not in attempt.reports]
+    missing = [reducer.peer for reducer in attempt.plan.reducers[:] if reducer.peer not in attempt.reports]
     if not missing:
         cut_off = [peer for peer, complete in attempt.reports.items() if 2 * len(complete) < len(attempt.roster)]
         if 0 < len(cut_off) < len(attempt.reports):
