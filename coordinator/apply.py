@@ -7,6 +7,7 @@ from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.ahead import adopt_ahead, await_ahead, expire_ahead, grant_ahead, meet_ahead, miss_ahead
 from hivegrpo.coordinator.invites import Invite
 from hivegrpo.coordinator.rates import follow
+from hivegrpo.coordinator.readings import senders_of, vote_of
 from hivegrpo.coordinator.round import EVALUATION_PREFIX, Attempt, Audit, Granted, Held, Round, empty_pause
 from hivegrpo.coordinator.speeds import Pacing, Waiting, observe, observe_at_most
 from hivegrpo.coordinator.state import Ban, Head, Member, Phase, Promotion, State
@@ -226,11 +227,12 @@ def _contribute(state: State, signed: pb.Signed, at: float) -> None:
     current = state.round
     seconds = _measured(state.leases[contribution.lease], at)
     lease = _end_lease(state, contribution.lease)
+    worked = len(contribution.used) + len(contribution.dropped)
     if seconds is not None:
-        observe(state.speeds, lease.peer, len(contribution.used) + len(contribution.dropped), seconds)
+        observe(state.speeds, lease.peer, worked, seconds)
     if lease.iteration == 0:
-        state.positions.give_back(sorted(lease.start + offset for offset in contribution.returned))
-        current.spent += min(lease.wanted, len(contribution.used) + len(contribution.dropped))
+        state.positions.give_back([lease.start + offset for offset in sorted(contribution.returned)])
+        current.spent += min(lease.wanted, worked)
     if lease.evaluate:
         current.evaluation = {
             name: value for name, value in contribution.metrics.items() if name.startswith(EVALUATION_PREFIX)
@@ -266,10 +268,9 @@ def _plan(state: State, payload: bytes, at: float) -> None:
 
 
 def _report_senders(state: State, signed: pb.Signed) -> None:
-    report = parse(pb.SenderReport, signed.payload)
     attempt = state.round.attempt
     assert attempt is not None
-    attempt.take_report(signed.signer, report)
+    attempt.take_report(signed.signer, senders_of(signed.payload))
 
 
 def _seal(state: State, payload: bytes, at: float) -> None:
@@ -281,19 +282,19 @@ def _seal(state: State, payload: bytes, at: float) -> None:
 
 
 def _vote(state: State, signed: pb.Signed, at: float) -> None:
-    report = parse(pb.StepReport, signed.payload)
+    vote, voter = vote_of(signed.payload), signed.signer
     current, last = state.round.attempt, state.last
-    if current is not None and report.plan == current.digest:
-        current.vote(signed.signer, report, at)
+    if current is not None and vote.plan == current.digest:
+        current.vote(voter, vote, at)
         if current.quorum_at is not None and not current.seed:
             current.seed = seed_of(state.terms.secret, current.seal_digest)
             current.drawn = draw(current.plan, current.seed, state.terms.config.averaging.audit_rate)
-    elif last is not None and report.plan == last.digest:
-        last.vote(signed.signer, report, at)
-        if last.votes[signed.signer] == last.winner():
-            _hold(state, signed.signer, report.version, report.state_root)
+    elif last is not None and vote.plan == last.digest:
+        last.vote(voter, vote, at)
+        if vote.ballot == last.winner():
+            _hold(state, voter, vote.version, vote.ballot[0])
         else:
-            state.standing.charge([signed.signer], report.version)
+            state.standing.charge([voter], vote.version)
 
 
 def _audit(state: State, signed: pb.Signed) -> None:

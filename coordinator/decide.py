@@ -209,7 +209,7 @@ def _plan(state: State, now: float) -> Decision:
 
 def _exchange(state: State, attempt: Attempt, now: float) -> Decision:
     timing = state.terms.config.timing
-    missing = [reducer.peer for reducer in attempt.plan.reducers if reducer.peer not in attempt.reports]
+    missing = [reducer.peer for reducer in attempt.plan.reducers[:] if reducer.peer not in attempt.reports]
     if not missing:
         cut_off = [peer for peer, complete in attempt.reports.items() if 2 * len(complete) < len(attempt.roster)]
         if 0 < len(cut_off) < len(attempt.reports):
@@ -234,33 +234,46 @@ def _exchange(state: State, attempt: Attempt, now: float) -> Decision:
 
 
 def _step(state: State, attempt: Attempt, now: float) -> Decision:
-    timing = state.terms.config.timing
-    away = {
-        peer: since + timing.grace
-        for peer, since in state.round.absent.items()
-        if peer in attempt.roster and peer not in attempt.votes
-    }
+    absent, open_votes = state.round.absent, len(attempt.roster) - len(attempt.votes)
     if attempt.quorum_at is not None:
         last = attempt.quorum_at + LAST_VOTES_SECONDS
-        if len(attempt.votes) + len(away) >= len(attempt.roster) or now >= last:
+        if now >= last or (open_votes <= len(absent) and open_votes <= len(_away(state, attempt))):
             return _committed_or_audited(state, attempt, now)
         return Decision(wake=last)
     leading = max(attempt.tally.values(), default=0)
-    open_votes = len(attempt.roster) - len(attempt.votes)
-    gone = sum(1 for limit in away.values() if now >= limit)
     if leading + open_votes < attempt.quorum:
         return _fail(state, now, f"the votes disagree: {len(attempt.tally)} different results")
-    reducers = {reducer.peer for reducer in attempt.plan.reducers} if gone else ()
-    lost = [peer for peer, limit in away.items() if peer in reducers and now >= limit]
-    if leading + open_votes - gone < attempt.quorum:
-        return _fail(state, now, "too few of the roster are left for a quorum", lost)
-    if lost and not attempt.votes:
-        return _fail(state, now, f"lost reducers {', '.join(lost)} before anyone had all spans", lost)
+    if not attempt.votes or leading + open_votes - len(absent) < attempt.quorum:
+        gone = [peer for peer, limit in _away(state, attempt).items() if now >= limit]
+        reducers = {reducer.peer for reducer in attempt.plan.reducers} if gone else set()
+        lost = [peer for peer in gone if peer in reducers]
+        if leading + open_votes - len(gone) < attempt.quorum:
+            return _fail(state, now, "too few of the roster are left for a quorum", lost)
+        if lost and not attempt.votes:
+            return _fail(state, now, f"lost reducers {', '.join(lost)} before anyone had all spans", lost)
     deadline = attempt.sealed_at + attempt.plan.step_seconds + EXTRA_SECONDS
     if now >= deadline:
         reason = f"{len(attempt.votes)} of {len(attempt.roster)} votes within the step's time"
         return _fail(state, now, reason, withholders(attempt))
-    return Decision(wake=min([deadline, *(limit for limit in away.values() if limit > now)]))
+    return Decision(wake=min(deadline, _next_limit(state, attempt, now) or deadline))
+
+
+def _away(state: State, attempt: Attempt) -> dict[str, float]:
+    """Who of the roster is away and has not voted, and until when it is waited for: too many to look at each time."""
+    grace, votes = state.terms.config.timing.grace, attempt.votes
+    absent = state.round.absent.items()
+    return {peer: since + grace for peer, since in absent if peer in attempt.roster and peer not in votes}
+
+
+def _next_limit(state: State, attempt: Attempt, now: float) -> float | None:
+    """When the patience with the next one of those ends."""
+    grace, found = state.terms.config.timing.grace, None
+    for peer, since in reversed(state.round.absent.items()):
+        if since + grace <= now:
+            break  # the others are away for longer
+        if peer in attempt.roster and peer not in attempt.votes:
+            found = since + grace
+    return found
 
 
 def _committed_or_audited(state: State, attempt: Attempt, now: float) -> Decision:

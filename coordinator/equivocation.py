@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from functools import lru_cache
 
-from hivegrpo.coordinator.round import Attempt, ballot_of
+from hivegrpo.coordinator.readings import ballot_of
+from hivegrpo.coordinator.round import Attempt
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.audits import receipt_of
 from hivegrpo.protocol.envelope import open_signed

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from google.protobuf.message import Message
 
 from hivegrpo.coordinator.metrics import merge_metrics
-from hivegrpo.coordinator.round import Attempt, Ballot, Held
+from hivegrpo.coordinator.readings import Ballot
+from hivegrpo.coordinator.round import Attempt, Held
 from hivegrpo.coordinator.shares import shares, spans
 from hivegrpo.coordinator.state import State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
@@ -154,8 +155,8 @@ def seal_payload(attempt: Attempt) -> bytes | None:
     if not sealed:
         return None
     peers = [contributor.peer for contributor in sealed]
-    by_reducer = [[report[peer] for peer in peers] for report in attempt.reports.values()]
-    norms = [sum(norms) for norms in zip(*by_reducer, strict=True)]
+    by_reducer = [map(report.__getitem__, peers) for report in attempt.reports.values()]
+    norms = list(map(sum, zip(*by_reducer, strict=True)))
     bits = coefficients(attempt.plan.rule, [contributor.weight for contributor in sealed], norms)
     seal = pb.Seal(
         plan=attempt.digest,

@@ -1,6 +1,8 @@
 """What peers are told: the payloads to be signed that follow from an event, or from the state when a peer joins."""
 
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
 
 from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.state import Phase, State
@@ -109,10 +111,13 @@ def _roster(state: State) -> tuple[str, ...]:
 
 def _welcome(state: State, asking: str) -> bytes:
     """The head, and peers that hold it and can be dialled."""
-    welcome = pb.Welcome(head=max(state.version, 0))
-    for peer in state.holding if state.head is not None else ():
-        if peer != asking:
-            welcome.holders.add(peer=peer, addresses=state.members[peer].addresses)
-            if len(welcome.holders) == MAX_HOLDERS:
-                break
-    return welcome.SerializeToString(deterministic=True)
+    holding = islice(state.holding if state.head is not None else (), MAX_HOLDERS + 1)
+    holders = [(peer, state.members[peer].addresses) for peer in holding if peer != asking]
+    return _welcome_payload(max(state.version, 0), tuple(holders[:MAX_HOLDERS]))
+
+
+@lru_cache(maxsize=16)
+def _welcome_payload(head: int, holders: tuple[tuple[str, tuple[str, ...]], ...]) -> bytes:
+    """Those that have held the head for longest come first, so peers that join one after another are told the same."""
+    endpoints = [pb.Endpoint(peer=peer, addresses=addresses) for peer, addresses in holders]
+    return pb.Welcome(head=head, holders=endpoints).SerializeToString(deterministic=True)

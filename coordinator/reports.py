@@ -7,27 +7,28 @@ banned (the peer, for good or until a time that the text says).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-from google.protobuf.message import Message
+from typing import NamedTuple
 
 from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.bans import ban_words
-from hivegrpo.coordinator.round import Attempt, ballot_of
+from hivegrpo.coordinator.readings import check_senders, check_vote, senders_of, vote_of
+from hivegrpo.coordinator.round import Attempt
 from hivegrpo.coordinator.state import Phase, State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
-from hivegrpo.protocol.checks import (
-    check_contribution,
-    check_digest,
-    check_metrics,
-    check_sender_report,
-    check_step_report,
-)
-from hivegrpo.protocol.envelope import Opened, Verify, open_signed
+from hivegrpo.protocol.checks import check_contribution, check_digest, check_metrics
+from hivegrpo.protocol.envelope import Verify, digest_of, open_signed, parse, verified_payload
 from hivegrpo.protocol.errors import FrameError
 from hivegrpo.protocol.identity import verify as verify_signature
 
 MAX_REASON = 200
+
+
+class Sent(NamedTuple):
+    """A report whose signature has been verified."""
+
+    peer: str
+    payload: bytes
+    signed: pb.Signed
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,8 @@ def judge(
         return Verdict(False, "unknown: this peer has not joined")
     if peer in state.banned:
         return Verdict(False, f"banned: {ban_words(state.banned[peer])}")
-    kind, judge_one = _JUDGES[signed.type]
-    return judge_one(state, open_signed(signed, run_id, kind, peer, verify), now)
+    payload = verified_payload(signed, run_id, signed.type, peer, verify)
+    return _JUDGES[signed.type](state, Sent(peer, payload, signed), now)
 
 
 def open_heartbeat(signed: pb.Signed, peer: str, run_id: str) -> pb.Heartbeat:
@@ -62,8 +63,8 @@ def open_heartbeat(signed: pb.Signed, peer: str, run_id: str) -> pb.Heartbeat:
     return heartbeat
 
 
-def _judge_ready(state: State, opened: Opened[pb.Ready], now: float) -> Verdict:
-    ready, peer = opened.message, opened.signer
+def _judge_ready(state: State, sent: Sent, now: float) -> Verdict:
+    ready, peer = parse(pb.Ready, sent.payload), sent.peer
     check_digest(ready.state_root, "the state root")
     version = max(state.version, 0)
     if ready.version != version:
@@ -79,11 +80,11 @@ def _judge_ready(state: State, opened: Opened[pb.Ready], now: float) -> Verdict:
     return Verdict(True, events=(ev.PeerReady(now, peer, ready.version, ready.state_root),))
 
 
-def _judge_contribution(state: State, opened: Opened[pb.Contribution], now: float) -> Verdict:
-    contribution, peer = opened.message, opened.signer
+def _judge_contribution(state: State, sent: Sent, now: float) -> Verdict:
+    contribution, peer = parse(pb.Contribution, sent.payload), sent.peer
     known = _known_contribution(state, peer, contribution)
     if known is not None:
-        if known == opened.digest:
+        if known == digest_of(sent.payload):
             return Verdict(True)
         return Verdict(False, f"refused: another contribution was committed for lease {contribution.lease}")
     lease = state.leases.get(contribution.lease)
@@ -99,7 +100,7 @@ def _judge_contribution(state: State, opened: Opened[pb.Contribution], now: floa
         return Verdict(False, f"{kind}: lease {contribution.lease} is for version {leased[0]}, iteration {leased[1]}")
     rollout = state.round.rollouts[peer].message.used if lease.message.iteration else None
     check_contribution(contribution, lease.message, rollout)
-    return Verdict(True, events=(ev.ContributionReceived(now, opened.signed.SerializeToString()),))
+    return Verdict(True, events=(ev.ContributionReceived(now, sent.signed.SerializeToString()),))
 
 
 def _place(message: pb.Lease | pb.Contribution) -> tuple[int, int]:
@@ -115,32 +116,32 @@ def _known_contribution(state: State, peer: str, contribution: pb.Contribution) 
     return state.last_lease_digests.get(name)
 
 
-def _judge_senders(state: State, opened: Opened[pb.SenderReport], now: float) -> Verdict:
-    report, peer = opened.message, opened.signer
+def _judge_senders(state: State, sent: Sent, now: float) -> Verdict:
+    said, peer = senders_of(sent.payload), sent.peer
     attempt = state.round.attempt
-    if attempt is None or report.plan != attempt.digest:
-        return Verdict(False, f"stale: plan {report.plan.hex()[:16]} is not the current one")
+    if attempt is None or said.plan != attempt.digest:
+        return Verdict(False, f"stale: plan {said.plan.hex()[:16]} is not the current one")
     if all(reducer.peer != peer for reducer in attempt.plan.reducers):
         return Verdict(False, "invalid: this peer is no reducer of the plan")
-    check_sender_report(report, attempt.roster)
+    check_senders(sent.payload, attempt.roster)
     if peer in attempt.reports:
-        return _again(attempt.reports[peer].keys() == {complete.peer for complete in report.complete}, "report")
-    return Verdict(True, events=(ev.SendersReported(now, opened.signed.SerializeToString()),))
+        return _again(attempt.reports[peer].keys() == said.norms.keys(), "report")
+    return Verdict(True, events=(ev.SendersReported(now, sent.signed.SerializeToString()),))
 
 
-def _judge_step(state: State, opened: Opened[pb.StepReport], now: float) -> Verdict:
-    report, peer = opened.message, opened.signer
-    attempt = attempt_of(state, report.plan)
+def _judge_step(state: State, sent: Sent, now: float) -> Verdict:
+    vote, peer = vote_of(sent.payload), sent.peer
+    attempt = attempt_of(state, vote.plan)
     if attempt is None:
-        return Verdict(False, f"stale: plan {report.plan.hex()[:16]} is neither the current one nor the last version's")
+        return Verdict(False, f"stale: plan {vote.plan.hex()[:16]} is neither the current one nor the last version's")
     if peer not in attempt.roster:
         return Verdict(False, "invalid: this peer is not in the plan's roster")
-    check_step_report(report, attempt.plan)
-    if report.seal != attempt.seal_digest or report.version != attempt.plan.version:
+    check_vote(sent.payload, attempt.payload)
+    if vote.seal != attempt.seal_digest or vote.version != attempt.plan.version:
         return Verdict(False, "invalid: the plan was sealed otherwise, or is for another version")
     if peer in attempt.votes:
-        return _again(attempt.votes[peer] == ballot_of(report), "vote")
-    return Verdict(True, events=(ev.StepReported(now, opened.signed.SerializeToString()),))
+        return _again(attempt.votes[peer] == vote.ballot, "vote")
+    return Verdict(True, events=(ev.StepReported(now, sent.signed.SerializeToString()),))
 
 
 def attempt_of(state: State, plan: bytes) -> Attempt | None:
@@ -155,9 +156,9 @@ def _again(same: bool, what: str) -> Verdict:
     return Verdict(True) if same else Verdict(False, f"refused: this peer's {what} was another one")
 
 
-def _judge_audit(state: State, opened: Opened[pb.AuditReport], now: float) -> Verdict:
+def _judge_audit(state: State, sent: Sent, now: float) -> Verdict:
     """An auditor may report before its turn: what it says counts when that comes (`audits.unaudited`)."""
-    report, peer = opened.message, opened.signer
+    report, peer = parse(pb.AuditReport, sent.payload), sent.peer
     attempt = attempt_of(state, report.plan)
     if attempt is None:
         return Verdict(False, f"stale: plan {report.plan.hex()[:16]} is neither the current one nor the last version's")
@@ -170,22 +171,22 @@ def _judge_audit(state: State, opened: Opened[pb.AuditReport], now: float) -> Ve
     known = attempt.audits.get(report.span, {}).get(peer)
     if known is not None:
         return _again(known.content == report.content, "audit")
-    return Verdict(True, events=(ev.AuditReported(now, opened.signed.SerializeToString()),))
+    return Verdict(True, events=(ev.AuditReported(now, sent.signed.SerializeToString()),))
 
 
-def _judge_leave(state: State, opened: Opened[pb.Leave], now: float) -> Verdict:
-    leave, peer = opened.message, opened.signer
+def _judge_leave(state: State, sent: Sent, now: float) -> Verdict:
+    leave, peer = parse(pb.Leave, sent.payload), sent.peer
     if state.members[peer].left:
         return Verdict(True)
     return Verdict(True, events=(ev.PeerLeft(now, peer, leave.reason[:MAX_REASON]),))
 
 
-_JUDGES: dict[str, tuple[type[Message], Callable[[State, Opened[Any], float], Verdict]]] = {
-    "Ready": (pb.Ready, _judge_ready),
-    "Contribution": (pb.Contribution, _judge_contribution),
-    "SenderReport": (pb.SenderReport, _judge_senders),
-    "StepReport": (pb.StepReport, _judge_step),
-    "AuditReport": (pb.AuditReport, _judge_audit),
-    "Leave": (pb.Leave, _judge_leave),
+_JUDGES: dict[str, Callable[[State, Sent, float], Verdict]] = {
+    "Ready": _judge_ready,
+    "Contribution": _judge_contribution,
+    "SenderReport": _judge_senders,
+    "StepReport": _judge_step,
+    "AuditReport": _judge_audit,
+    "Leave": _judge_leave,
 }
-"""By the type of the report: what it is, and who judges it."""
+"""By the type of the report: who judges it."""

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+from hivegrpo.coordinator.readings import Ballot, Senders, Vote
 from hivegrpo.coordinator.speeds import Pacing
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.audits import TURNS, Draw
@@ -19,16 +20,8 @@ MOST_EMPTY_SECONDS = 30.0
 LAST_VOTES_SECONDS = 0.5
 """How long a version that has its quorum waits for the votes that are still to come."""
 
-Ballot = tuple[bytes, tuple[tuple[bytes, int], ...]]
-"""What a peer votes for: the state root, and root and size of every span."""
-
 EVALUATION_PREFIX = "eval/"
 """Of metrics that were measured on the held-out set."""
-
-
-def ballot_of(report: pb.StepReport) -> Ballot:
-    """What a step report votes for."""
-    return report.state_root, tuple([(span.root, span.size) for span in report.spans])
 
 
 def empty_pause(rounds: int) -> float:
@@ -134,22 +127,17 @@ class Attempt:
         """Votes that commit: two thirds of the roster, rounded up."""
         return -(-2 * len(self.roster) // 3)
 
-    def take_report(self, reducer: str, report: pb.SenderReport) -> None:
+    def take_report(self, reducer: str, senders: Senders) -> None:
         """Note a reducer's only report."""
-        norms, seconds = dict[str, int](), dict[str, float]()
-        for complete in report.complete:
-            peer = complete.peer
-            norms[peer] = int.from_bytes(complete.norm_squared, "big")
-            seconds[peer] = complete.seconds
-        self.reports[reducer], self.pushes[reducer] = norms, seconds
-        self.refused[reducer] = {item.peer: item.reason for item in report.refused}
+        self.reports[reducer], self.pushes[reducer] = senders.norms, senders.seconds
+        self.refused[reducer] = senders.refused
 
-    def vote(self, peer: str, report: pb.StepReport, at: float) -> None:
+    def vote(self, peer: str, vote: Vote, at: float) -> None:
         """Count a peer's only vote, and note what it saw."""
         assert peer not in self.votes
-        ballot = ballot_of(report)
-        self.votes[peer], self.receipts[peer] = ballot, tuple(report.receipts)
-        self.fetches[peer], self.dots[peer] = tuple(report.seconds), tuple(report.dots)
+        ballot = vote.ballot
+        self.votes[peer], self.receipts[peer] = ballot, vote.receipts
+        self.fetches[peer], self.dots[peer] = vote.seconds, vote.dots
         self.tally[ballot] = self.tally.get(ballot, 0) + 1
         if self.quorum_at is None and self.tally[ballot] >= self.quorum:
             self.quorum_at = at

@@ -6,6 +6,7 @@ A signature covers, each part preceded by its length as 4 bytes big-endian:
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from typing import Generic, TypeVar
 
@@ -65,13 +66,21 @@ def open_signed(
     FrameError if the bytes do not parse.
     """
     signed = parse(pb.Signed, envelope) if isinstance(envelope, bytes) else envelope
-    expected = kind.DESCRIPTOR.name
-    if signed.type != expected:
-        raise SignatureError(f"expected a signed {expected}, got {signed.type[:40]!r}")
-    if signer is not None and signed.signer != signer:
-        raise SignatureError(f"{expected} is signed by {signed.signer[:60]!r}, not by {signer}")
-    verify(signed.signer, signed.signature, _signing_bytes(signed.type, run_id, signed.payload))
-    return Opened(parse(kind, signed.payload), signed.signer, digest_of(signed.payload), signed)
+    payload = verified_payload(signed, run_id, kind.DESCRIPTOR.name, signer, verify)
+    return Opened(parse(kind, payload), signed.signer, digest_of(payload), signed)
+
+
+def verified_payload(
+    signed: pb.Signed, run_id: str, type_name: str, signer: str | None = None, verify: Verify = verify
+) -> bytes:
+    """The payload of an envelope, not parsed yet; SignatureError as for `open_signed`."""
+    payload, by = signed.payload, signed.signer
+    if signed.type != type_name:
+        raise SignatureError(f"expected a signed {type_name}, got {signed.type[:40]!r}")
+    if signer is not None and by != signer:
+        raise SignatureError(f"{type_name} is signed by {by[:60]!r}, not by {signer}")
+    verify(by, signed.signature, _signing_bytes(type_name, run_id, payload))
+    return payload
 
 
 def open_run(envelope: pb.Signed, coordinator: str) -> Opened[pb.RunManifest]:
@@ -93,5 +102,11 @@ def parse(kind: type[M], data: bytes) -> M:
 
 
 def _signing_bytes(type_name: str, run_id: str, payload: bytes) -> bytes:
-    parts = (PROTOCOL.encode(), type_name.encode(), run_id.encode(), payload)
+    return b"".join((_signing_prefix(type_name, run_id), len(payload).to_bytes(4, "big"), payload))
+
+
+@lru_cache(maxsize=64)
+def _signing_prefix(type_name: str, run_id: str) -> bytes:
+    """What all messages of a type have in common."""
+    parts = (PROTOCOL.encode(), type_name.encode(), run_id.encode())
     return b"".join(len(part).to_bytes(4, "big") + part for part in parts)

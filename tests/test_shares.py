@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from support.machine import Machine
 
 from hivegrpo.coordinator.rates import FOLLOW, MIN_BYTES, MOST_CHANGE, follow, samples
+from hivegrpo.coordinator.readings import senders_of, vote_of
 from hivegrpo.coordinator.round import Attempt
 from hivegrpo.coordinator.shares import NOISE, shares, spans
 from hivegrpo.protocol import hivegrpo_pb2 as pb
@@ -84,12 +85,12 @@ def attempt_of(peers: str, seen: dict[str, float], liars: dict[str, float] | Non
 
     for observer in peers:
         pushed = [pb.Complete(peer=peer, seconds=seconds(observer, peer, size)) for peer in peers]
-        attempt.take_report(observer, pb.SenderReport(complete=pushed))
+        attempt.take_report(observer, senders_of(pb.SenderReport(complete=pushed).SerializeToString()))
         vote = pb.StepReport(
             spans=[pb.Blob(root=b"r", size=size) for _ in peers],
             seconds=[seconds(observer, peer, size - SPAN_FRAME_BYTES) for peer in peers],
         )
-        attempt.vote(observer, vote, 0.0)
+        attempt.vote(observer, vote_of(vote.SerializeToString()), 0.0)
     return attempt
 
 

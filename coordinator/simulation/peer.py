@@ -261,7 +261,7 @@ class SimulatedPeer:
         return lease.wanted / self.speed * (0.9 + 0.2 * self._world.chance.random())
 
     def _work(self, lease: pb.Lease) -> None:
-        self._working = True
+        self._working, self._lease = True, None
         seconds = GRADIENT_SECONDS if lease.iteration else self.rollout_seconds(lease)
         if lease.ahead:
             seconds = max(0.0, self._sampled_at - self._world.scheduler.now) + GRADIENT_SECONDS

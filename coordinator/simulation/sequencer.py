@@ -158,8 +158,8 @@ class Sequencer:
         self._take(ev.PeerJoined(self._scheduler.now, peer.name, peer.addresses, "simulated"))
         pushes = current_for(self.state, peer.name, finished=self.state.phase is Phase.FINISHED)
         self._effects.append(lambda: self._send(session, *map(self._told, pushes)))
+        self._take_all([])
         self.cpu_seconds += self._timer() - began
-        self._happen([])
         return session
 
     def report(self, signed: pb.Signed, peer: str, answer: Answer) -> None:
@@ -171,15 +171,15 @@ class Sequencer:
         try:
             verdict = judge(self.state, signed, peer, self.run_id, self._scheduler.now, verify)
         except WireError as error:
+            self.cpu_seconds += self._timer() - began
             self.refused[type(error).__name__] += 1
             answer(False, f"invalid: {error.message}")
             return
-        finally:
-            self.cpu_seconds += self._timer() - began
+        if verdict.events:
+            self._take_all(verdict.events)
+        self.cpu_seconds += self._timer() - began
         if not verdict.accepted:
             self.refused[verdict.reason.partition(":")[0]] += 1
-        if verdict.events:
-            self._happen(verdict.events)
         if self.unwritten:
             self._answers.append((answer, verdict.accepted, verdict.reason))
         else:
@@ -212,13 +212,17 @@ class Sequencer:
 
     def _happen(self, events: Sequence[ev.Event]) -> None:
         began = self._timer()
+        self._take_all(events)
+        self.cpu_seconds += self._timer() - began
+
+    def _take_all(self, events: Sequence[ev.Event]) -> None:
+        """Events, and whatever is due by them; wake up when the next thing may be."""
         for event in events:
             self._take(event)
         now = self._scheduler.now
         while (decision := decide(self.state, now)).events:
             for event in decision.events:
                 self._take(event)
-        self.cpu_seconds += self._timer() - began
         wake = decision.wake
         if wake is not None and (self._alarm is None or wake < self._alarm):
             self._alarm = wake

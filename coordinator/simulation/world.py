@@ -32,7 +32,7 @@ STEPS = 64
 STALLED = 20
 """A simulation is given up after as many times the longest wait without a commit."""
 
-CHECKED = (
+CHECKED = {
     ev.LeaseGranted,
     ev.LeaseExpired,
     ev.ContributionReceived,
@@ -41,7 +41,7 @@ CHECKED = (
     ev.SealMade,
     ev.PeerBanned,
     ev.VersionCommitted,
-)
+}
 """What the invariants are judged by, of the coordinator's events."""
 
 
@@ -169,7 +169,7 @@ class World:
             self.newest_plan = digest_of(event.payload)
         if isinstance(event, ev.VersionCommitted):
             self._committed(parse(pb.VersionManifest, event.payload))
-        if isinstance(event, CHECKED):
+        if type(event) in CHECKED:
             self._found += self._checker.take(record_of(event))
 
     def _committed(self, manifest: pb.VersionManifest) -> None:
@@ -276,9 +276,11 @@ class World:
 
 def _absorb(digest: Digest, event: ev.Event) -> None:
     """Take an event into a digest, whole."""
-    parts = [type(event).__name__.encode()]
-    for name in type(event).__slots__:
+    kind = type(event)
+    parts = [kind.__name__.encode()]
+    for name in kind.__slots__:
         value = getattr(event, name)
-        data = value if isinstance(value, bytes) else repr(value).encode()
-        parts += (len(data).to_bytes(8, "big"), data)
+        data = value if type(value) is bytes else repr(value).encode()
+        parts.append(len(data).to_bytes(8, "big"))
+        parts.append(data)
     digest.update(b"".join(parts))
