@@ -14,7 +14,9 @@ import secrets
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 from hivegrpo.coordinator.simulation.faults import Faults
 from hivegrpo.coordinator.simulation.setting import Setting, config_for
@@ -82,19 +84,16 @@ def large(name: str, bar: Bar) -> bool:
 
 
 def sweep(first: int, count: int) -> bool:
-    """Small simulations with every kind of fault, one a seed."""
-    gc.disable()
+    """Small simulations with every kind of fault, one a seed, on all cores."""
     began, bad = time.monotonic(), 0
-    faults = Faults.parse("all")
-    config = config_for(SWEEP_PEERS, SWEEP_ROUNDS)
-    for seed in range(first, first + count):
-        outcome = World(Setting(config, SWEEP_PEERS, seed, faults)).run()
-        for violation in outcome.violations:
-            print(
-                f"seed {seed}: invariant {violation.invariant}: {violation.text}; again: hivegrpo simulate "
-                f"--peers {SWEEP_PEERS} --rounds {SWEEP_ROUNDS} --seed {seed} --faults all"
-            )
-        bad += bool(outcome.violations)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for seed, violations in pool.map(violations_of, range(first, first + count), chunksize=5):
+            for violation in violations:
+                print(
+                    f"seed {seed}: {violation}; again: hivegrpo simulate "
+                    f"--peers {SWEEP_PEERS} --rounds {SWEEP_ROUNDS} --seed {seed} --faults all"
+                )
+            bad += bool(violations)
     seconds = time.monotonic() - began
     met = not bad and seconds <= SWEEP_SECONDS * count / SEEDS
     print(
@@ -102,6 +101,13 @@ def sweep(first: int, count: int) -> bool:
         f"{SWEEP_ROUNDS} rounds, all faults: {seconds:.1f} s, at most {SWEEP_SECONDS * count / SEEDS:.0f}; {bad} broken"
     )
     return met
+
+
+def violations_of(seed: int) -> tuple[int, list[str]]:
+    """What one simulation of the sweep broke, with its seed."""
+    gc.disable()  # as `hivegrpo simulate` does
+    outcome = World(Setting(config_for(SWEEP_PEERS, SWEEP_ROUNDS), SWEEP_PEERS, seed, Faults.parse("all"))).run()
+    return seed, [f"invariant {violation.invariant}: {violation.text}" for violation in outcome.violations]
 
 
 def _verdict(met: bool) -> str:
