@@ -157,10 +157,12 @@ def test_a_join_is_refused_with_a_reason(tmp_path: Path, change: dict[str, Any],
         node = Node(tmp_path / "coordinator", MemoryNetwork())
         peer = ScriptedPeer(node, **change)
         async with node.running() as coordinator, peer.connected() as transport:
-            _, ack = await peer.join(transport)
+            stream, ack = await peer.join(transport)
             assert not ack.accepted
             assert ack.reason.startswith(reason)
             assert coordinator.state.members == {}
+            with pytest.raises(RemoteError, match=r"within 0\.2 s"):
+                await stream.receive(0, 0.2)  # the peer closes first, so that p2pd cannot lose the reason
 
     run(test())
 

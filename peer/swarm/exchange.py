@@ -5,7 +5,7 @@ Streams "push" (a sender's chunks to a reducer, and later the span back) and "sp
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,6 +35,8 @@ SPAN = "span"
 MAX_HEADER_BYTES = 4096
 MAX_RECEIPT_BYTES = 1024
 RETRY_SECONDS = 0.25
+DECODED_AHEAD_BYTES = 512 << 10
+"""A span from this length on is decoded before the others are here."""
 KEPT_EXCHANGES = 3
 """Attempts whose spans are still served to peers that are behind."""
 
@@ -123,6 +125,7 @@ class Exchange:
         try:
             async with asyncio.timeout(self.plan.message.step_seconds):
                 await asyncio.gather(*(self._obtain(index, seal) for index in range(len(self.plan.message.reducers))))
+                await self._decode(list(self.spans))
         except BaseException as error:
             self.gradient = AveragedGradient(self.plan.message)  # as long as a gradient, and kept with its attempt
             if not isinstance(error, TimeoutError):
@@ -210,6 +213,7 @@ class Exchange:
             await stream.send(header.SerializeToString())
             for frame in frames:
                 await stream.send(frame, timeout=None)
+            await stream.send(pb.SpanRequest(plan=self.plan.digest, span=index).SerializeToString(), timeout=None)
             ack = parse(pb.Ack, await stream.receive(MAX_HEADER_BYTES, timeout=self.plan.message.exchange_seconds))
             if not ack.accepted:
                 raise RemoteError(f"the reducer refused the push: {ack.reason[:200]}")
@@ -219,8 +223,6 @@ class Exchange:
         async with self._changed:
             self._lines[index] = stream
             self._changed.notify_all()
-        with suppress(RemoteError):  # then it is asked for again after the seal
-            await stream.send(pb.SpanRequest(plan=self.plan.digest, span=index).SerializeToString())
 
     async def _obtain(self, index: int, seal: Opened[pb.Seal]) -> None:
         if self.reducer is not None and index == self.reducer.span:
@@ -233,7 +235,7 @@ class Exchange:
             finally:
                 making.end()
                 self._making = None
-            await self._decode(index)
+            await self._decode_ahead(index)
             return
         layout = SpanLayout.of(self.plan.message, index)
         first = self.plan.message.reducers[index].peer
@@ -251,13 +253,22 @@ class Exchange:
             await self._keep(index, span)
 
         await self._retry(fetch, self.plan.message.step_seconds)
-        await self._decode(index)
+        await self._decode_ahead(index)
 
-    async def _decode(self, index: int) -> None:
-        """Decode a span that is here while others are on their way; what is wrong with it is said by the step."""
-        data = self.spans[index].data
+    async def _decode_ahead(self, index: int) -> None:
+        """Decode a long span while others are on their way; short ones are quicker decoded together, at the end."""
+        if len(self.spans[index].data) >= DECODED_AHEAD_BYTES:
+            await self._decode([index])
+
+    async def _decode(self, indices: Sequence[int]) -> None:
+        """Decode spans that are here. What is wrong with one is said by the step."""
+
+        def decode() -> None:
+            for index in indices:
+                self.gradient.add(index, self.spans[index].data)
+
         with suppress(CommitmentError):
-            await asyncio.get_running_loop().run_in_executor(self._worker, self.gradient.add, index, data)
+            await asyncio.get_running_loop().run_in_executor(self._worker, decode)
 
     def _others(self, first: str) -> list[str]:
         """Who else may have a span, reducers first: all others are connected to these, since they pushed to them.
