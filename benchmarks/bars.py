@@ -41,7 +41,7 @@ def verdicts(all_figures: Iterable[Figures]) -> list[Verdict]:
         if (values, peers) == (SMALL, FEW) and figures.measured("step"):
             ratio = figures.ratio("round", "step")
             given.append(Verdict(f"{place}, whole round / hivemind's step", ratio, ROUND_BAR))
-        if values in (SMALL, LARGE) and peers == FEW:
+        if values in (SMALL, LARGE):
             ratio = figures.ratio("data", "runner")
             given.append(Verdict(f"{place}, data phase / hivemind's runner", ratio, DATA_BAR))
         for name, bar in (("application", APPLICATION_BAR), ("interface", INTERFACE_BAR)):
