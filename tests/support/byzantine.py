@@ -213,7 +213,7 @@ class ByzantineTransport(Transport):
         return changes.get(self._fault)
 
     async def _repeat(self, _: FramedStream, send: Send, frame: bytes) -> None:
-        await send(frame[: self._chunk_bytes] * (len(frame) // self._chunk_bytes))
+        await send(frame[: self._chunk_bytes] * (len(frame) // self._chunk_bytes) or frame)
 
     def _replay(self, stream: FramedStream) -> None:
         """Send what was sent to this reducer for the first version."""
@@ -324,12 +324,12 @@ def _on_frame(
 
 
 def _without_the_last(stream: FramedStream) -> None:
-    """One frame behind, so that the last one is never sent."""
+    """Two frames behind, so that the last chunks are never sent, nor the request for the span after them."""
     send, held = stream.send, list[bytes]()
 
     async def sending(frame: bytes | memoryview, timeout: float | None = 30.0) -> None:
         held.append(bytes(frame))
-        if len(held) == 2:
+        if len(held) == 3:
             await send(held.pop(0), timeout)
 
     stream.send = sending  # type: ignore[method-assign]  # the fault
