@@ -6,6 +6,9 @@ reducer reduces.
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import TypeVar
+
+B = TypeVar("B", bytes, memoryview)
 
 CHUNK_VALUES = 16_384
 """Values in a chunk; the last chunk of a vector may hold fewer."""
@@ -47,7 +50,7 @@ def runs(values: Sequence[int], most: int = RUN_CHUNKS) -> Iterator[range]:
             start = end
 
 
-def equal_parts(data: bytes, count: int) -> list[bytes]:
+def equal_parts(data: B, count: int) -> list[B]:
     """`data`, whose length is a multiple of `count`, in `count` equally long parts."""
     size = len(data) // count
     return [data[start : start + size] for start in range(0, len(data), size)]

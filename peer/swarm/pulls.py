@@ -21,8 +21,6 @@ from hivegrpo.protocol.transport.base import Stream
 
 PULL = "pull"
 MAX_HEADER_BYTES = 4096
-PATIENCE = 30.0
-"""Seconds for a frame."""
 MAX_PULLS = 4
 """How often one peer may pull what it can pull here: an audit needs it once."""
 
@@ -98,5 +96,5 @@ async def pull(
         if (header.message.plan, header.message.span) != (plan.digest, span):
             raise CommitmentError("the header is of another plan or span")
         for run, size in SpanLayout.of(plan.message, span).frames():
-            chunks += equal_parts(await receive_frame(stream, size, PATIENCE), len(run))
+            chunks += equal_parts(await receive_frame(stream, size), len(run))
     return Sent(header, chunks)

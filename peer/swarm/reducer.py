@@ -103,7 +103,7 @@ class SpanReducer:
         taken = _Taken(self._codec)
         try:
             for run, size in self.layout.frames():
-                taken.add(await receive_frame(stream, size), self.layout.values[run.start], len(run))
+                taken.add(await receive_frame(stream, size, None), self.layout.values[run.start], len(run))
             self._seconds[sender] = time.perf_counter() - began
             self._keep(sender, taken, header.message)
         except CommitmentError as error:
@@ -174,7 +174,7 @@ class SpanReducer:
         return data
 
 
-async def receive_frame(stream: Stream, size: int, timeout: float | None = None) -> bytes:
+async def receive_frame(stream: Stream, size: int, timeout: float | None = 30.0) -> bytes:
     """A frame of chunks, which has this size; FrameError if it has not. The timeout as in `Stream.receive`."""
     frame = await stream.receive(size, timeout)
     if len(frame) != size:

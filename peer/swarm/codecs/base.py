@@ -6,12 +6,11 @@ and never in the threads of a pool, whose state nobody holds. NumPy's run in the
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from hivegrpo.protocol.chunks import CHUNK_VALUES
+from hivegrpo.protocol.chunks import CHUNK_VALUES, equal_parts
 from hivegrpo.protocol.errors import CommitmentError
 
 
@@ -87,9 +86,9 @@ class ChunkwiseCodec(Codec):
     def norm_squared(self, data: bytes | memoryview, values: int, count: int = 1) -> int:
         return sum(self.chunk_norm_squared(chunk, values) for chunk in self._split(data, values, count))
 
-    def _split(self, data: bytes | memoryview, values: int, count: int) -> Iterator[memoryview]:
-        size, view = self.check_size(data, values, count), memoryview(data)
-        return (view[start : start + size] for start in range(0, len(view), size))
+    def _split(self, data: bytes | memoryview, values: int, count: int) -> list[memoryview]:
+        self.check_size(data, values, count)
+        return equal_parts(memoryview(data), count)
 
 
 def as_tensor(data: bytes | memoryview) -> Tensor:
