@@ -53,6 +53,17 @@ def test_inner_products_are_those_of_the_decoded_vectors(rule: str) -> None:
     assert evidence.dots == pytest.approx(expected, rel=2**-7)
 
 
+@pytest.mark.parametrize("values", [1, 255, 256, 257, 5000])
+def test_every_value_is_in_an_inner_product(values: int) -> None:
+    """Small integers: every product and every sum is exact."""
+    one, two = (torch.arange(values) % modulus - 3.0 for modulus in (7, 11))
+    evidence = SpanDots(2)
+    evidence.add([one, two], two)
+    evidence.add([two, one], two)
+    both = float((one + two) @ two)
+    assert evidence.dots == [both, both, float(2 * two @ two)]
+
+
 def test_evidence_by_hand() -> None:
     """Two spans. x_a = (3, 0 | 0), x_b = (0, 4 | 3): norms 3 and 5. The result (1.5, 2 | 1.5) is their mean."""
     machine = Machine(peers=2, run={"start_peers": 2})
