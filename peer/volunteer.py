@@ -32,7 +32,7 @@ from hivegrpo.peer.swarm.versions import Versions
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.config import RunConfig
 from hivegrpo.protocol.envelope import Opened
-from hivegrpo.protocol.errors import WireError
+from hivegrpo.protocol.errors import RemoteError, WireError
 from hivegrpo.protocol.history import History
 from hivegrpo.protocol.identity import Identity
 
@@ -219,7 +219,7 @@ class Volunteer:
         """One attempt as the architecture has it; each line is a step of the round."""
         self._versions.check_plan(plan.message)
         exchange = await self._open_exchange(plan, own)
-        pushing = asyncio.create_task(exchange.push())
+        pushing = asyncio.create_task(self._push(exchange))
         try:
             seal = await self._exchange(exchange)
             asyncio.get_running_loop().call_later(self._ack_seconds(seal), pushing.cancel)
@@ -252,10 +252,44 @@ class Volunteer:
 
     async def _exchange(self, exchange: Exchange) -> Opened[pb.Seal]:
         """Report who is complete here, while the own chunks are pushed, and wait for the seal (steps 6 and 7)."""
-        report = await exchange.gather()
+        report = await self._gather(exchange)
         if report is not None:
             await self._session.report(report, lambda: True)
         return await self._session.wait(lambda: self._seal_of(exchange.plan))
+
+    async def _gather(self, exchange: Exchange) -> pb.SenderReport | None:
+        """Who is complete here when the exchange's time is up, which begins anew with each join.
+
+        A coordinator that starts again gives every reducer its time anew, and only then do those hear of the plan whom
+        it had not told yet. A report that was made while it was away would lack them.
+        """
+        session, report = self._session, None
+
+        async def gather() -> None:
+            nonlocal report
+            report = await exchange.gather()
+
+        while True:
+            joins = await session.wait(lambda: session.joins if session.connected else None)
+            await self._unless(self._joined_again(joins), gather())
+            if session.connected and session.joins == joins:
+                return report
+
+    async def _joined_again(self, joins: int) -> None:
+        """Until there is another session than that of so many joins."""
+        await self._session.wait(lambda: None if self._session.joins == joins else True)
+
+    async def _push(self, exchange: Exchange) -> None:
+        """Push, and again what did not get through if the session broke meanwhile: for the same reason."""
+        session = self._session
+        while True:
+            joins = session.joins
+            try:
+                return await exchange.push()
+            except RemoteError:
+                if session.connected and session.joins == joins:
+                    raise
+            await session.wait(lambda: session.connected or None)
 
     def _ack_seconds(self, seal: Opened[pb.Seal]) -> float:
         """How long the own push may go on: if all reducers took it, only acknowledgements lack, else it is in vain."""

@@ -89,6 +89,8 @@ class Exchange:
         self._making: SpanInMaking | None = None
         """The own span, from the seal on."""
         self._pushing = False
+        self._pushed: set[int] = set()
+        """Spans whose reducers have this peer's chunks."""
         self._lines: dict[int, Stream] = {}
         """Streams to the reducers that have this peer's chunks, and were asked for their spans."""
         directory.learn(plan.message.reducers)
@@ -96,17 +98,22 @@ class Exchange:
         self.reducer = SpanReducer(plan, mine[0]) if mine else None
 
     async def push(self) -> None:
-        """Send every reducer its chunks; a reducer that fails is tried again until the exchange's time is up.
+        """Send its chunks to every reducer that has not taken them; one that fails is tried again.
 
-        While it goes on, `collect` waits for acknowledgements that are still on their way: the caller ends it.
+        RemoteError for one of them if the exchange's time is up. While it goes on, `collect` waits for acknowledgements
+        that are still on their way: the caller ends it.
         """
         self._pushing = True
+        rest = [index for index in range(len(self.plan.message.reducers)) if index not in self._pushed]
         try:
-            await asyncio.gather(*(self._push_span(index) for index in range(len(self.plan.message.reducers))))
+            outcomes = await asyncio.gather(*map(self._push_span, rest), return_exceptions=True)
         finally:
             async with self._changed:
                 self._pushing = False
                 self._changed.notify_all()
+        for outcome in outcomes:
+            if outcome is not None:
+                raise outcome
 
     async def gather(self) -> pb.SenderReport | None:
         """As a reducer, wait until all senders are complete or time is up, and say who is; None if not a reducer."""
@@ -201,10 +208,11 @@ class Exchange:
         header = self.own.header(self.plan.digest, index, layout.chunks)
         if self.reducer is not None and index == self.reducer.span:
             await self.reducer.take(self._identity.peer_id, chunks, header)
-            return
-        signed = sign(self._identity, self._run_id, header)
-        frames = layout.pack(chunks)
-        await self._retry(lambda: self._push_once(index, signed, frames), self.plan.message.exchange_seconds)
+        else:
+            signed = sign(self._identity, self._run_id, header)
+            frames = layout.pack(chunks)
+            await self._retry(lambda: self._push_once(index, signed, frames), self.plan.message.exchange_seconds)
+        self._pushed.add(index)
 
     async def _push_once(self, index: int, header: pb.Signed, frames: list[bytes]) -> None:
         """Send a reducer its chunks, and ask for the span, which comes once it is made. The caller bounds the time."""
