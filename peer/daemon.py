@@ -21,7 +21,7 @@ from hivegrpo.peer.swarm.accuser import Accuser
 from hivegrpo.peer.swarm.auditor import Auditor
 from hivegrpo.peer.swarm.codecs.registry import get_codec
 from hivegrpo.peer.swarm.contribution import ContributionStore
-from hivegrpo.peer.swarm.exchange import ExchangeServer
+from hivegrpo.peer.swarm.exchanges import ExchangeServer
 from hivegrpo.peer.swarm.session import Session
 from hivegrpo.peer.swarm.sharing import Sharing
 from hivegrpo.peer.swarm.sync import Synchroniser

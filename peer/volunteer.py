@@ -25,7 +25,8 @@ from hivegrpo.peer.learn.step import PolicyState
 from hivegrpo.peer.swarm.auditor import Auditor
 from hivegrpo.peer.swarm.contribution import ContributionStore, EncodedVector
 from hivegrpo.peer.swarm.directory import Directory
-from hivegrpo.peer.swarm.exchange import Exchange, ExchangeServer, Span
+from hivegrpo.peer.swarm.exchange import Exchange, Span
+from hivegrpo.peer.swarm.exchanges import ExchangeServer
 from hivegrpo.peer.swarm.session import Session
 from hivegrpo.peer.swarm.sync import Synchroniser
 from hivegrpo.peer.swarm.versions import Versions

@@ -1,4 +1,4 @@
-"""How many streams and dials an undisturbed exchange takes."""
+"""How many streams and dials undisturbed exchanges take, and how their streams end."""
 
 import asyncio
 from collections import Counter
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.runs import IntegerLearner, signed_run, small_config
-from support.streams import on_stream
+from support.streams import on_serving, on_stream, only_pushes
 from support.swarm import Swarm
 
 from hivegrpo.peer.swarm import directory
@@ -35,13 +35,17 @@ def test_spans_come_back_on_the_streams_that_took_the_chunks(
     monkeypatch.setattr(SpanReducer, "receive", receiving)
     monkeypatch.setattr(directory, "HEAD_START_SECONDS", 3600.0)  # nobody waits so long: a push ends the wait
     opened: Counter[str] = Counter()
+    pushes: set[Stream] = set()
 
     def count(transport: Transport) -> Transport:
         open_stream = transport.open_stream
 
         async def opening(peer_id: str, name: str, timeout: float = 10.0) -> Stream:
             opened[name] += 1
-            return await open_stream(peer_id, name, timeout)
+            stream = await open_stream(peer_id, name, timeout)
+            if name == "push":
+                pushes.add(stream)
+            return stream
 
         transport.open_stream = opening  # type: ignore[method-assign]  # it only looks on
         return transport
@@ -62,9 +66,10 @@ def test_spans_come_back_on_the_streams_that_took_the_chunks(
     asyncio.run(scenario())
     assert opened["push"] == VERSIONS * PEERS * (PEERS - 1)
     assert opened["span"] == 0
+    assert len(pushes) == PEERS * (PEERS - 1), "the next version has the streams of the one before"
 
 
-@pytest.mark.parametrize("name", ["push", "pull", "chain"])
+@pytest.mark.parametrize("name", ["span", "pull", "chain"])
 def test_who_sends_last_does_not_close_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """p2pd may drop what a reader has not read yet when the sender closes."""
     ends: list[str] = []
@@ -90,8 +95,9 @@ def test_who_sends_last_does_not_close_first(tmp_path: Path, monkeypatch: pytest
             coordinator = Identity.generate()
             swarm = Swarm(tmp_path, config, signed_run(coordinator, config, VALUES), coordinator)
             node = await swarm.start_coordinator()
+            look_on, part = on_stream(name, look), on_serving("push", only_pushes)
             for peer in ("a", "b", "c"):
-                await swarm.start_peer(peer, IntegerLearner(VALUES), wrap=on_stream(name, look))
+                await swarm.start_peer(peer, IntegerLearner(VALUES), wrap=lambda transport: look_on(part(transport)))
             await asyncio.gather(*(peer.task for peer in swarm.peers.values()))
             await node.leave()
 

@@ -20,7 +20,8 @@ from hivegrpo.coordinator.events import AttemptFailed, ContributionRejected, Ver
 from hivegrpo.peer.home import PeerHome
 from hivegrpo.peer.swarm.contribution import EncodedVector
 from hivegrpo.peer.swarm.directory import Directory
-from hivegrpo.peer.swarm.exchange import SPAN, Exchange, ExchangeServer
+from hivegrpo.peer.swarm.exchange import SPAN, Exchange
+from hivegrpo.peer.swarm.exchanges import ExchangeServer
 from hivegrpo.peer.swarm.sync import Synchroniser
 from hivegrpo.peer.volunteer import Shadow
 from hivegrpo.protocol import hivegrpo_pb2 as pb

@@ -23,7 +23,8 @@ from support.value_attacks import WEIGHT
 from hivegrpo.peer.swarm.codecs.registry import get_codec
 from hivegrpo.peer.swarm.contribution import EncodedVector
 from hivegrpo.peer.swarm.directory import Directory
-from hivegrpo.peer.swarm.exchange import Exchange, ExchangeServer
+from hivegrpo.peer.swarm.exchange import Exchange
+from hivegrpo.peer.swarm.exchanges import ExchangeServer
 from hivegrpo.peer.swarm.reducer import SpanLayout
 from hivegrpo.peer.swarm.session import Session
 from hivegrpo.protocol import hivegrpo_pb2 as pb

@@ -11,6 +11,7 @@ from support.beds import MIB, PATIENCE, Bed, echo_call, on_both_networks, send_r
 
 from hivegrpo.protocol.errors import ConfigError, FrameError, RemoteError, UnreachableError
 from hivegrpo.protocol.identity import Identity
+from hivegrpo.protocol.transport import serving
 from hivegrpo.protocol.transport.base import MAX_FRAME_BYTES, Stream
 from hivegrpo.protocol.transport.serving import ServingTransport
 
@@ -268,6 +269,44 @@ def test_the_end_of_a_stream_is_a_remote_error_on_both_sides(bed: Bed) -> None:
         with pytest.raises(RemoteError):
             await stream.send(b"")
         assert server.rejected == {}
+
+    bed(scenario)
+
+
+def test_a_stream_that_was_given_back_is_taken_again(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "IDLE_SECONDS", 0.5)
+
+    async def scenario(server: ServingTransport, client: ServingTransport) -> None:
+        served: list[Stream] = []
+
+        async def twice(stream: Stream) -> None:
+            served.append(stream)
+            for _ in range(2):
+                await stream.send(await stream.receive(MIB, PATIENCE))
+
+        async def used() -> Stream:
+            stream = await client.open_stream(server.peer_id, "twice")
+            await stream.send(b"hello")
+            assert await stream.receive(MIB) == b"hello"
+            return stream
+
+        await server.serve_stream("twice", twice)
+        await server.serve_stream("other", echo)
+        first = await used()
+        await client.give_back(first, "twice")
+        async with await client.open_stream(server.peer_id, "other") as other:
+            assert other is not first
+        again = await used()
+        assert again is first
+        assert len(served) == 1
+        await client.give_back(again, "twice")
+        await asyncio.sleep(0.1)
+        fresh = await used()
+        assert fresh is not first, "a stream that has ended is of no use to anybody"
+        await client.give_back(fresh, "twice")
+        await asyncio.sleep(1.0)
+        assert await used() is not fresh, "nobody wanted it in time"
+        await first.close()
 
     bed(scenario)
 

@@ -57,6 +57,10 @@ class Directory:
         await self.reach(peer_id, timeout)
         return self._has_reached(peer_id, await self._transport.open_stream(peer_id, name, timeout))
 
+    async def give_back(self, stream: Stream, name: str) -> None:
+        """See `Transport.give_back`."""
+        await self._transport.give_back(stream, name)
+
     def met(self, peer_id: str) -> None:
         """That peer has opened a stream to this one, so there is a connection."""
         arrived = self._awaited.get(peer_id)

@@ -17,7 +17,7 @@ from hivegrpo.peer.swarm.accuse import Sent
 from hivegrpo.peer.swarm.contribution import EncodedVector
 from hivegrpo.peer.swarm.directory import Directory
 from hivegrpo.peer.swarm.making import SpanInMaking, frame_sizes, split_frames
-from hivegrpo.peer.swarm.pulls import PULL, PullServer
+from hivegrpo.peer.swarm.pulls import PullServer
 from hivegrpo.peer.swarm.reducer import RefusedPush, SpanLayout, SpanReducer
 from hivegrpo.peer.swarm.replay import AveragedGradient
 from hivegrpo.protocol import hivegrpo_pb2 as pb
@@ -26,7 +26,7 @@ from hivegrpo.protocol.blobs import blob_ref, blob_root
 from hivegrpo.protocol.envelope import Opened, open_signed, parse, sign, sign_payload
 from hivegrpo.protocol.errors import CommitmentError, FrameError, RemoteError, StaleError, WireError
 from hivegrpo.protocol.identity import Identity
-from hivegrpo.protocol.transport.base import Stream, Transport
+from hivegrpo.protocol.transport.base import Stream
 
 log = structlog.get_logger(__name__)
 
@@ -37,8 +37,19 @@ MAX_RECEIPT_BYTES = 1024
 RETRY_SECONDS = 0.25
 DECODED_AHEAD_BYTES = 512 << 10
 """A span from this length on is decoded before the others are here."""
-KEPT_EXCHANGES = 3
-"""Attempts whose spans are still served to peers that are behind."""
+
+
+class Line:
+    """A stream, as one attempt uses it: what it carries from here on is this attempt's."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self._before = stream.bytes_sent, stream.bytes_received
+
+    def carried(self) -> tuple[int, int]:
+        """Bytes sent and received since."""
+        sent, received = self._before
+        return self.stream.bytes_sent - sent, self.stream.bytes_received - received
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +102,8 @@ class Exchange:
         self._pushing = False
         self._pushed: set[int] = set()
         """Spans whose reducers have this peer's chunks."""
-        self._lines: dict[int, Stream] = {}
-        """Streams to the reducers that have this peer's chunks, and were asked for their spans."""
+        self._lines: dict[int, Line] = {}
+        """To the reducers that have this peer's chunks, and were asked for their spans."""
         directory.learn(plan.message.reducers)
         mine = [index for index, reducer in enumerate(plan.message.reducers) if reducer.peer == identity.peer_id]
         self.reducer = SpanReducer(plan, mine[0]) if mine else None
@@ -165,11 +176,12 @@ class Exchange:
         self.pulls.keep_header(signed)
         await stream.send(pb.Ack(accepted=True).SerializeToString())
 
-    async def serve_span(self, stream: Stream, index: int) -> None:
+    async def serve_span(self, line: Line, index: int) -> bool:
         """Send a span and its receipt: the own one as it is reduced, another's only if it is here already.
 
-        Not all of it, if the attempt ends without it.
+        False if the attempt ends without it: then not all of it was sent.
         """
+        stream = line.stream
         plan = self.plan.message
         mine = self.reducer is not None and index == self.reducer.span
         if index not in self.spans and not mine:
@@ -184,15 +196,15 @@ class Exchange:
                         await stream.send(frame)
                         sent += 1
                 if index not in self.spans:
-                    return
+                    return False
                 span = self.spans[index]
                 for rest in islice(split_frames(span.data), sent, None):
                     await stream.send(rest)
                 await stream.send(span.receipt.SerializeToString())
         except TimeoutError:
             raise StaleError(f"span {index} did not become available here, or was not taken, in time") from None
-        self._count(stream)
-        await stream.linger()
+        self._count(line)
+        return True
 
     async def end(self) -> None:
         """Nothing more is done for this attempt: whoever waits for a span that is not here waits in vain."""
@@ -200,7 +212,7 @@ class Exchange:
             self._over = True
             self._changed.notify_all()
         lines, self._lines = self._lines, {}
-        await asyncio.gather(*(stream.close() for stream in lines.values()))
+        await asyncio.gather(*(line.stream.close() for line in lines.values()))
 
     async def _push_span(self, index: int) -> None:
         layout = SpanLayout.of(self.plan.message, index)
@@ -217,6 +229,7 @@ class Exchange:
     async def _push_once(self, index: int, header: pb.Signed, frames: list[bytes]) -> None:
         """Send a reducer its chunks, and ask for the span, which comes once it is made. The caller bounds the time."""
         stream = await self._directory.open_stream(self.plan.message.reducers[index].peer, PUSH)
+        line = Line(stream)
         try:
             await stream.send(header.SerializeToString())
             for frame in frames:
@@ -229,7 +242,7 @@ class Exchange:
             await stream.close()
             raise
         async with self._changed:
-            self._lines[index] = stream
+            self._lines[index] = line
             self._changed.notify_all()
 
     async def _obtain(self, index: int, seal: Opened[pb.Seal]) -> None:
@@ -254,10 +267,18 @@ class Exchange:
             await self._changed.wait_for(lambda: index in self._lines or not self._pushing)
 
         async def fetch() -> None:
-            stream = self._lines.pop(index, None) or await self._request_span(next(sources), index)
-            spent = time.perf_counter() - began if stream.remote == first else 0.0
-            async with stream:
-                span = await self._receive_span(stream, index, layout, seal, max(half - spent, RETRY_SECONDS))
+            pushed = self._lines.pop(index, None)
+            line = pushed or await self._request_span(next(sources), index)
+            spent = time.perf_counter() - began if line.stream.remote == first else 0.0
+            try:
+                span = await self._receive_span(line, index, layout, seal, max(half - spent, RETRY_SECONDS))
+            except BaseException:
+                await line.stream.close()
+                raise
+            if pushed is None:
+                await line.stream.close()
+            else:
+                await self._directory.give_back(line.stream, PUSH)
             await self._keep(index, span)
 
         await self._retry(fetch, self.plan.message.step_seconds)
@@ -303,19 +324,20 @@ class Exchange:
         receipt = receipt_of(self.plan.digest, seal.digest, reducer.span, content)
         return Span(sign_payload(self._identity, self._run_id, "SpanReceipt", receipt), content, data)
 
-    async def _request_span(self, source: str, index: int) -> Stream:
+    async def _request_span(self, source: str, index: int) -> Line:
         stream = await self._directory.open_stream(source, SPAN)
+        line = Line(stream)
         try:
             await stream.send(pb.SpanRequest(plan=self.plan.digest, span=index).SerializeToString())
         except BaseException:
             await stream.close()
             raise
-        return stream
+        return line
 
     async def _receive_span(
-        self, stream: Stream, index: int, layout: SpanLayout, seal: Opened[pb.Seal], patience: float
+        self, line: Line, index: int, layout: SpanLayout, seal: Opened[pb.Seal], patience: float
     ) -> Span:
-        reducer = self.plan.message.reducers[index].peer
+        stream, reducer = line.stream, self.plan.message.reducers[index].peer
         frames: list[bytes] = []
         began = 0.0
         for size in frame_sizes(layout.size):
@@ -335,7 +357,7 @@ class Exchange:
             raise CommitmentError("the span's bytes are not those of its receipt")
         if stream.remote == reducer:
             self.span_seconds[index] = seconds
-        self._count(stream)
+        self._count(line)
         return Span(signed, receipt.content, data)
 
     async def _keep(self, index: int, span: Span) -> None:
@@ -358,61 +380,7 @@ class Exchange:
         except TimeoutError:
             raise RemoteError(f"gave up after {seconds:.0f} s: {reason}") from None
 
-    def _count(self, stream: Stream) -> None:
-        self.bytes_sent += stream.bytes_sent
-        self.bytes_received += stream.bytes_received
-
-
-class ExchangeServer:
-    """Routes streams "push" and "span" to the attempt they name; keeps the last few attempts."""
-
-    def __init__(self) -> None:
-        self._exchanges: dict[bytes, Exchange] = {}
-        self._changed = asyncio.Condition()
-
-    async def start(self, transport: Transport) -> None:
-        """Begin to serve."""
-        await transport.serve_stream(PUSH, self._on_push)
-        await transport.serve_stream(SPAN, self._on_span)
-        await transport.serve_stream(PULL, self._on_pull)
-
-    async def add(self, exchange: Exchange) -> None:
-        """Serve an attempt, and no longer the oldest ones."""
-        async with self._changed:
-            self._exchanges[exchange.plan.digest] = exchange
-            while len(self._exchanges) > KEPT_EXCHANGES:
-                del self._exchanges[next(iter(self._exchanges))]
-            self._changed.notify_all()
-
-    async def _on_push(self, stream: Stream) -> None:
-        signed = parse(pb.Signed, await stream.receive(MAX_HEADER_BYTES))
-        exchange = await self._find(parse(pb.PushHeader, signed.payload).plan)
-        await exchange.serve_push(stream, signed)
-        try:
-            request = await stream.receive(MAX_HEADER_BYTES)
-        except RemoteError:
-            return  # it has no more to ask for
-        await self._answer(stream, request)
-
-    async def _on_span(self, stream: Stream) -> None:
-        await self._answer(stream, await stream.receive(MAX_HEADER_BYTES))
-
-    async def _answer(self, stream: Stream, frame: bytes) -> None:
-        request = parse(pb.SpanRequest, frame)
-        exchange = await self._find(request.plan)
-        if request.span >= len(exchange.plan.message.reducers):
-            raise StaleError("no such span in that plan")
-        await exchange.serve_span(stream, request.span)
-
-    async def _on_pull(self, stream: Stream) -> None:
-        request = parse(pb.PullRequest, await stream.receive(MAX_HEADER_BYTES))
-        await (await self._find(request.plan)).pulls.serve(stream, request)
-
-    async def _find(self, plan: bytes, patience: float = 5.0) -> Exchange:
-        """The attempt of a plan; the plan itself may still be on its way to this peer."""
-        try:
-            async with asyncio.timeout(patience), self._changed:
-                await self._changed.wait_for(lambda: plan in self._exchanges)
-        except TimeoutError:
-            raise StaleError(f"no exchange for plan {plan.hex()[:16]} here") from None
-        return self._exchanges[plan]
+    def _count(self, line: Line) -> None:
+        sent, received = line.carried()
+        self.bytes_sent += sent
+        self.bytes_received += received

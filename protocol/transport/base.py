@@ -18,6 +18,9 @@ MAX_CALL_BYTES = 1 << 20
 MAX_FRAME_BYTES = 2 << 20
 """Largest frame that any stream may carry, bytes; each `receive` states its own, smaller, limit."""
 
+IDLE_SECONDS = 15.0
+"""How long a stream that was given back is kept for its next use; who serves it waits twice that."""
+
 LINGER_SECONDS = 10.0
 """How long `Stream.linger` waits for the other side."""
 
@@ -117,7 +120,14 @@ class Transport(ABC):
 
     @abstractmethod
     async def open_stream(self, peer_id: str, name: str, timeout: float = 10.0) -> Stream:
-        """Open a stream to the handler `name`. RemoteError when it fails."""
+        """Open a stream to the handler `name`, or take one that was given back. RemoteError when it fails."""
+
+    async def give_back(self, stream: Stream, name: str) -> None:
+        """Have no more use for a stream to the handler `name`, whose other side waits for another first frame.
+
+        It may serve the next `open_stream`, so that nobody has to open one. Its counts of bytes go on.
+        """
+        await stream.close()
 
     @abstractmethod
     async def serve_call(self, name: str, handler: CallHandler) -> None:

@@ -66,8 +66,13 @@ class MemoryNetwork:
         self._cuts.clear()
 
     def crash(self, peer_id: str) -> None:
-        """End a node as `kill -9` does: its tasks stop where they are, its streams break at the other side."""
-        node = self._nodes.pop(peer_id)
+        """End a node as `kill -9` does: its tasks stop where they are, its streams break at the other side.
+
+        One that has left is not there to be ended.
+        """
+        node = self._nodes.pop(peer_id, None)
+        if node is None:
+            return
         for link in [link for link in self._pipes if peer_id in link]:
             self._break(link)
         node.stop()

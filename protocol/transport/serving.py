@@ -19,7 +19,7 @@ import structlog
 
 from hivegrpo.protocol.errors import FrameError, RemoteError, WireError
 from hivegrpo.protocol.text import MAX_REASON_CHARS, printable
-from hivegrpo.protocol.transport.base import MAX_CALL_BYTES, CallHandler, Stream, StreamHandler, Transport
+from hivegrpo.protocol.transport.base import IDLE_SECONDS, MAX_CALL_BYTES, CallHandler, Stream, StreamHandler, Transport
 from hivegrpo.protocol.transport.frames import FramedStream
 from hivegrpo.protocol.transport.rate import UploadCap
 
@@ -35,9 +35,6 @@ MAX_NOISY = 1024
 """Peers times kinds of trouble that are counted apart."""
 CALLS_AT_ONCE = 8
 """Calls in flight to one peer; the next ones wait."""
-
-IDLE_SECONDS = 15.0
-"""How long a caller keeps an idle call stream; who serves it waits twice that."""
 
 _DONE, _REFUSED = b"\x00", b"\x01"
 
@@ -58,7 +55,10 @@ class ServingTransport(Transport):
         self._served: Counter[tuple[str, str]] = Counter()
         self._noise = Noise()
         self._streams: set[FramedStream] = set()
-        self._lines: dict[str, _Line] = {}
+        self._slots: dict[str, asyncio.Semaphore] = {}
+        """Of calls to each peer."""
+        self._idle: dict[tuple[str, str], list[tuple[FramedStream, asyncio.TimerHandle]]] = {}
+        """Streams that were given back, by peer and name, with their ends."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     @abstractmethod
@@ -72,18 +72,18 @@ class ServingTransport(Transport):
     async def call(self, peer_id: str, name: str, request: bytes, timeout: float = 10.0) -> bytes:
         if len(request) > MAX_CALL_BYTES:
             raise FrameError(f"a request of {len(request)} bytes to {name!r}; at most {MAX_CALL_BYTES} may be sent")
-        line = self._lines.setdefault(peer_id, _Line())
+        slots = self._slots.setdefault(peer_id, asyncio.Semaphore(CALLS_AT_ONCE))
         head = len(name.encode()).to_bytes(1, "big") + name.encode()
         try:
-            async with asyncio.timeout(timeout), line.slots:
-                stream = line.take() or await self._dial(peer_id, CALL)
+            async with asyncio.timeout(timeout), slots:
+                stream = self._take_idle(peer_id, CALL) or await self._dial(peer_id, CALL)
                 try:
                     await stream.send(head + request, timeout)
                     answer = await stream.receive(1 + MAX_CALL_BYTES, timeout)
                 except BaseException:
                     stream.abort()
                     raise
-                line.keep(stream)
+                self._keep_idle(stream, CALL)
         except TimeoutError:
             raise RemoteError(f"{peer_id} did not answer {name!r} within {timeout:g} s") from None
         except FrameError as error:
@@ -96,9 +96,15 @@ class ServingTransport(Transport):
     async def open_stream(self, peer_id: str, name: str, timeout: float = 10.0) -> Stream:
         try:
             async with asyncio.timeout(timeout):
-                return await self._dial(peer_id, name)
+                return self._take_idle(peer_id, name) or await self._dial(peer_id, name)
         except TimeoutError:
             raise RemoteError(f"{peer_id} did not open a stream {name!r} within {timeout:g} s") from None
+
+    async def give_back(self, stream: Stream, name: str) -> None:
+        if isinstance(stream, FramedStream) and stream.usable and not self.closed:
+            self._keep_idle(stream, name)
+        else:
+            await stream.close()
 
     async def serve_call(self, name: str, handler: CallHandler) -> None:
         assert name not in self._call_handlers, f"call {name!r} is served already"
@@ -139,6 +145,28 @@ class ServingTransport(Transport):
         if self.closed:
             stream.abort()
         return stream
+
+    def _take_idle(self, peer_id: str, name: str) -> FramedStream | None:
+        """The stream that was given back last, if it is still alive."""
+        idle = self._idle.get((peer_id, name), [])
+        while idle:
+            stream, timer = idle.pop()
+            timer.cancel()
+            if stream.usable:
+                return stream
+            stream.abort()
+        return None
+
+    def _keep_idle(self, stream: FramedStream, name: str) -> None:
+        timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._drop_idle, stream, name)
+        self._idle.setdefault((stream.remote, name), []).append((stream, timer))
+
+    def _drop_idle(self, stream: FramedStream, name: str) -> None:
+        key = stream.remote, name
+        self._idle[key] = [(kept, timer) for kept, timer in self._idle[key] if kept is not stream]
+        if not self._idle[key]:
+            del self._idle[key]
+        stream.abort()
 
     def _accept(self, stream: FramedStream, name: str) -> None:
         """Serve an incoming stream in a task of its own, or drop it."""
@@ -211,32 +239,6 @@ class ServingTransport(Transport):
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-class _Line:
-    """Call streams to one peer: a bounded number in use, the others idle for a while."""
-
-    def __init__(self) -> None:
-        self.slots = asyncio.Semaphore(CALLS_AT_ONCE)
-        self._idle: list[tuple[FramedStream, asyncio.TimerHandle]] = []
-
-    def take(self) -> FramedStream | None:
-        """The stream that was used last, if it is still alive."""
-        while self._idle:
-            stream, timer = self._idle.pop()
-            timer.cancel()
-            if stream.usable:
-                return stream
-            stream.abort()
-        return None
-
-    def keep(self, stream: FramedStream) -> None:
-        timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._drop, stream)
-        self._idle.append((stream, timer))
-
-    def _drop(self, stream: FramedStream) -> None:
-        self._idle = [(kept, timer) for kept, timer in self._idle if kept is not stream]
-        stream.abort()
 
 
 class Noise:

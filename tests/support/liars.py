@@ -11,7 +11,7 @@ import torch
 from hivegrpo.peer.swarm.auditor import Auditor
 from hivegrpo.peer.swarm.codecs.base import Codec
 from hivegrpo.peer.swarm.contribution import EncodedVector
-from hivegrpo.peer.swarm.exchange import Exchange, Span
+from hivegrpo.peer.swarm.exchange import Exchange, Line, Span
 from hivegrpo.peer.swarm.making import split_frames
 from hivegrpo.peer.swarm.pulls import PullServer
 from hivegrpo.peer.swarm.reducer import SpanReducer
@@ -113,12 +113,12 @@ class LyingExchange(Exchange):
             return self._signed(reducer.span, seal, a_lie(span.data))
         return await super()._reduce(reducer, seal, on_part)
 
-    async def serve_span(self, stream: Stream, index: int) -> None:
+    async def serve_span(self, line: Line, index: int) -> bool:
+        stream = line.stream
         others = sorted({c.peer for c in self.plan.message.contributors} - {self._identity.peer_id})
         mine = self.reducer is not None and index == self.reducer.span
         if self.fault is not Fault.EQUIVOCATING_REDUCER or not mine or stream.remote != others[0]:
-            await super().serve_span(stream, index)
-            return
+            return await super().serve_span(line, index)
         async with self._changed:
             await self._changed.wait_for(lambda: index in self.spans)
         true = self.spans[index]
@@ -127,6 +127,7 @@ class LyingExchange(Exchange):
         for frame in split_frames(a_lie(true.data)):
             await stream.send(frame)
         await stream.send(receipt.SerializeToString())
+        return True
 
     async def _push_span(self, index: int) -> None:
         own = self.own

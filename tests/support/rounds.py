@@ -18,7 +18,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hivegrpo.peer.swarm.codecs.registry import CODECS, get_codec
 from hivegrpo.peer.swarm.contribution import EncodedVector
 from hivegrpo.peer.swarm.directory import Directory
-from hivegrpo.peer.swarm.exchange import Exchange, ExchangeServer, Span
+from hivegrpo.peer.swarm.exchange import Exchange, Span
+from hivegrpo.peer.swarm.exchanges import ExchangeServer
 from hivegrpo.peer.swarm.rules.registry import RULES
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.checks import check_plan, check_seal, check_sender_report

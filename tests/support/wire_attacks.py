@@ -24,7 +24,7 @@ from hivegrpo.coordinator import reports, service
 from hivegrpo.coordinator.history import read_records
 from hivegrpo.coordinator.log import LOG_FILE, EventLog
 from hivegrpo.peer.home import PeerHome
-from hivegrpo.peer.swarm import exchange, reducer
+from hivegrpo.peer.swarm import exchange, exchanges, reducer
 from hivegrpo.peer.swarm.codecs.float32 import Float32
 from hivegrpo.protocol import checks
 from hivegrpo.protocol import hivegrpo_pb2 as pb
@@ -259,7 +259,7 @@ async def _wait_for_all(self: exchange.Exchange) -> pb.SenderReport | None:
     return self.reducer.report()
 
 
-async def _any_plan(self: exchange.ExchangeServer, plan: bytes, patience: float = 5.0) -> exchange.Exchange:
+async def _any_plan(self: exchanges.ExchangeServer, plan: bytes, patience: float = 5.0) -> exchange.Exchange:
     return list(self._exchanges.values())[-1]
 
 
@@ -300,5 +300,5 @@ DEFENCES: dict[Fault, list[tuple[Any, str, Callable[..., Any]]]] = {
     Fault.REPEATED_CHUNK: UNCOMMITTED,
     Fault.OTHER_TYPE: [(service, "judge", partial(service.judge, verify=_nothing))],
     Fault.OTHER_RUN: [(service, "judge", partial(service.judge, verify=_nothing))],
-    Fault.REPLAYED_PUSH: [*UNCOMMITTED, (exchange.ExchangeServer, "_find", _any_plan)],
+    Fault.REPLAYED_PUSH: [*UNCOMMITTED, (exchanges.ExchangeServer, "_find", _any_plan)],
 }
