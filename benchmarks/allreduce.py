@@ -25,6 +25,9 @@ from swarm import SwarmRounds
 WARM_UP = 2
 """Rounds before those that count: connections are made, memory is touched."""
 
+SETTLE_SECONDS = 0.5
+"""Before each round: what the one before it leaves to do (votes, the commit, files) is not to slow the other side's."""
+
 PHASE_SECONDS = 25.0
 """No further round of a series begins after so long."""
 
@@ -46,7 +49,9 @@ def measure_data_phase(figures: Figures, rounds: int, folder: Path) -> None:
         group = HivemindGroup(crew, figures.size, runner, folder)
         for warm_up in (True,) * WARM_UP + (False,) * rounds:
             counted = Figures(figures.size) if warm_up else figures
+            time.sleep(SETTLE_SECONDS)
             swarm.together(counted)
+            time.sleep(SETTLE_SECONDS)
             group.together(counted, "runner")
 
 
