@@ -23,6 +23,7 @@ from hivegrpo.coordinator.planning import (
     seal_payload,
     wants_evaluation,
 )
+from hivegrpo.coordinator.readings import reducers_of
 from hivegrpo.coordinator.round import EXTRA_SECONDS, LAST_VOTES_SECONDS, Attempt
 from hivegrpo.coordinator.speeds import share_of
 from hivegrpo.coordinator.standing import deniers, withholders
@@ -209,7 +210,7 @@ def _plan(state: State, now: float) -> Decision:
 
 def _exchange(state: State, attempt: Attempt, now: float) -> Decision:
     timing = state.terms.config.timing
-    missing = [reducer.peer for reducer in attempt.plan.reducers[:] if reducer.peer not in attempt.reports]
+    missing = [peer for peer in reducers_of(attempt.payload) if peer not in attempt.reports]
     if not missing:
         cut_off = [peer for peer, complete in attempt.reports.items() if 2 * len(complete) < len(attempt.roster)]
         if 0 < len(cut_off) < len(attempt.reports):
@@ -245,8 +246,7 @@ def _step(state: State, attempt: Attempt, now: float) -> Decision:
         return _fail(state, now, f"the votes disagree: {len(attempt.tally)} different results")
     if not attempt.votes or leading + open_votes - len(absent) < attempt.quorum:
         gone = [peer for peer, limit in _away(state, attempt).items() if now >= limit]
-        reducers = {reducer.peer for reducer in attempt.plan.reducers} if gone else set()
-        lost = [peer for peer in gone if peer in reducers]
+        lost = [peer for peer in gone if peer in reducers_of(attempt.payload)]
         if leading + open_votes - len(gone) < attempt.quorum:
             return _fail(state, now, "too few of the roster are left for a quorum", lost)
         if lost and not attempt.votes:
