@@ -4,12 +4,12 @@ The answer also says when to ask again if nothing else happens, so that nobody h
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.ahead import due_ahead, expire_all, next_ahead
 from hivegrpo.coordinator.audits import audits_until, next_turn, unaudited
-from hivegrpo.coordinator.bans import end_of_banned, ended_bans
+from hivegrpo.coordinator.bans import due_of_bans
 from hivegrpo.coordinator.metrics import why_empty
 from hivegrpo.coordinator.planning import (
     LARGEST_ROSTER,
@@ -30,8 +30,7 @@ from hivegrpo.coordinator.standing import deniers, withholders
 from hivegrpo.coordinator.state import Phase, State
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """Events that are due, or none and the time when the next one could be."""
 
     events: tuple[ev.Event, ...] = ()
@@ -41,7 +40,7 @@ class Decision:
 
 def decide(state: State, now: float) -> Decision:
     """Events to apply now. Ask again after applying them, until there are none."""
-    due = tuple(end_of_banned(state, now)) or tuple(ended_bans(state, now)) or due_ahead(state, now)
+    due = due_of_bans(state, now) or due_ahead(state, now)
     if due:
         return Decision(due)
     decision = _of_round(state, now)

@@ -1,8 +1,8 @@
 """What peers are told: the payloads to be signed that follow from an event, or from the state when a peer joins."""
 
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
+from typing import NamedTuple
 
 from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.state import Phase, State
@@ -14,8 +14,7 @@ MAX_HOLDERS = 32
 """Holders of states that a peer is told of when it joins."""
 
 
-@dataclass(frozen=True, slots=True)
-class Push:
+class Push(NamedTuple):
     """A message for those of `peers` (None: for all) that follow."""
 
     peers: tuple[str, ...] | None

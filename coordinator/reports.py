@@ -6,7 +6,6 @@ banned (the peer, for good or until a time that the text says).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from hivegrpo.coordinator import events as ev
@@ -31,8 +30,7 @@ class Sent(NamedTuple):
     signed: pb.Signed
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """The answer to a report, and what happened by it."""
 
     accepted: bool
