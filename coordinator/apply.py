@@ -231,7 +231,8 @@ def _contribute(state: State, signed: pb.Signed, at: float) -> None:
     if seconds is not None:
         observe(state.speeds, lease.peer, worked, seconds)
     if lease.iteration == 0:
-        state.positions.give_back([lease.start + offset for offset in sorted(contribution.returned)])
+        if contribution.returned:
+            state.positions.give_back([lease.start + offset for offset in sorted(contribution.returned)])
         current.spent += min(lease.wanted, worked)
     if lease.evaluate:
         current.evaluation = {

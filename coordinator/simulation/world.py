@@ -1,6 +1,6 @@
 """One simulated run: the coordinator, its peers, what goes wrong, and when it ends."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from hashlib import sha256
 from random import Random
 from typing import Protocol
@@ -178,8 +178,7 @@ class World:
         end."""
         news, self._news = self._news, []
         self.tally.count(news)
-        for event in news:
-            _absorb(self._digest, event)
+        _absorb(self._digest, news)
         for event in news:
             if type(event) in CHECKED:
                 self._found += self._checker.take(record_of(event))
@@ -288,13 +287,14 @@ class World:
         )
 
 
-def _absorb(digest: Digest, event: ev.Event) -> None:
-    """Take an event into a digest, whole."""
-    kind = type(event)
-    parts = [kind.__name__.encode()]
-    for name in kind.__slots__:
-        value = getattr(event, name)
-        data = value if type(value) is bytes else repr(value).encode()
-        parts.append(len(data).to_bytes(8, "big"))
-        parts.append(data)
+def _absorb(digest: Digest, events: Iterable[ev.Event]) -> None:
+    """Take events into a digest, whole."""
+    parts: list[bytes] = []
+    for event in events:
+        kind = type(event)
+        parts.append(kind.__name__.encode())
+        for name in kind.__slots__:
+            value = getattr(event, name)
+            data = value if type(value) is bytes else repr(value).encode()
+            parts += len(data).to_bytes(8, "big"), data
     digest.update(b"".join(parts))
