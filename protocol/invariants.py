@@ -183,7 +183,7 @@ class Checker:
                 yield Violation(2, f"the contribution of {_words(name)} is in no manifest and was not rejected")
 
     def _lease(self, record: Record) -> Iterator[Violation]:
-        lease = record["lease"]
+        lease: int = record["lease"]
         if lease <= self._newest:
             yield Violation(4, f"lease {lease} was granted after lease {self._newest}")
         self._newest = max(self._newest, lease)
