@@ -7,7 +7,7 @@ from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.ahead import adopt_ahead, await_ahead, expire_ahead, grant_ahead, meet_ahead, miss_ahead
 from hivegrpo.coordinator.invites import Invite
 from hivegrpo.coordinator.rates import follow
-from hivegrpo.coordinator.readings import senders_of, vote_of
+from hivegrpo.coordinator.readings import contribution_of, senders_of, vote_of
 from hivegrpo.coordinator.round import EVALUATION_PREFIX, Attempt, Audit, Granted, Held, Round, empty_pause
 from hivegrpo.coordinator.speeds import Pacing, Waiting, observe, observe_at_most
 from hivegrpo.coordinator.state import Ban, Head, Member, Phase, Promotion, State
@@ -223,7 +223,7 @@ def _measured(granted: Granted, at: float) -> float | None:
 
 
 def _contribute(state: State, signed: pb.Signed, at: float) -> None:
-    contribution = parse(pb.Contribution, signed.payload)
+    contribution = contribution_of(signed.payload)
     current = state.round
     seconds = _measured(state.leases[contribution.lease], at)
     lease = _end_lease(state, contribution.lease)
@@ -231,7 +231,8 @@ def _contribute(state: State, signed: pb.Signed, at: float) -> None:
     if seconds is not None:
         observe(state.speeds, lease.peer, worked, seconds)
     if lease.iteration == 0:
-        state.positions.give_back([lease.start + offset for offset in sorted(contribution.returned)])
+        if contribution.returned:
+            state.positions.give_back([lease.start + offset for offset in sorted(contribution.returned)])
         current.spent += min(lease.wanted, worked)
     if lease.evaluate:
         current.evaluation = {

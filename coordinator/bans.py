@@ -10,12 +10,19 @@ from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.state import Ban, Phase, State
 
 
-def end_of_banned(state: State, now: float) -> Iterator[ev.Event]:
-    """Events that leave nothing of the banned in the round in flight."""
+def due_of_bans(state: State, now: float) -> tuple[ev.Event, ...]:
+    """What bans lead to now."""
     if not state.banned:
-        return
+        return ()
+    return tuple(_ends_of_banned(state, now)) or tuple(_ended_bans(state, now))
+
+
+def _ends_of_banned(state: State, now: float) -> Iterator[ev.Event]:
+    """Events that leave nothing of the banned in the round in flight."""
     current = state.round
     for peer, ban in state.banned.items():
+        if peer not in current.served and peer not in state.ahead.holders:
+            continue
         why = f"its peer was banned: {ban.reason}"
         member = state.members.get(peer)
         if member is not None and member.lease is not None:
@@ -34,7 +41,7 @@ def end_of_banned(state: State, now: float) -> Iterator[ev.Event]:
             yield ev.AttemptFailed(now, current.version, current.attempts, reason)
 
 
-def ended_bans(state: State, now: float) -> Iterator[ev.Event]:
+def _ended_bans(state: State, now: float) -> Iterator[ev.Event]:
     """Bans whose time is over."""
     for peer, until in state.bans_that_end.items():
         if now >= until:

@@ -4,12 +4,12 @@ The answer also says when to ask again if nothing else happens, so that nobody h
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.ahead import due_ahead, expire_all, next_ahead
 from hivegrpo.coordinator.audits import audits_until, next_turn, unaudited
-from hivegrpo.coordinator.bans import end_of_banned, ended_bans
+from hivegrpo.coordinator.bans import due_of_bans
 from hivegrpo.coordinator.metrics import why_empty
 from hivegrpo.coordinator.planning import (
     LARGEST_ROSTER,
@@ -23,14 +23,14 @@ from hivegrpo.coordinator.planning import (
     seal_payload,
     wants_evaluation,
 )
+from hivegrpo.coordinator.readings import reducers_of
 from hivegrpo.coordinator.round import EXTRA_SECONDS, LAST_VOTES_SECONDS, Attempt
 from hivegrpo.coordinator.speeds import share_of
 from hivegrpo.coordinator.standing import deniers, withholders
 from hivegrpo.coordinator.state import Phase, State
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """Events that are due, or none and the time when the next one could be."""
 
     events: tuple[ev.Event, ...] = ()
@@ -40,7 +40,7 @@ class Decision:
 
 def decide(state: State, now: float) -> Decision:
     """Events to apply now. Ask again after applying them, until there are none."""
-    due = tuple(end_of_banned(state, now)) or tuple(ended_bans(state, now)) or due_ahead(state, now)
+    due = due_of_bans(state, now) or due_ahead(state, now)
     if due:
         return Decision(due)
     decision = _of_round(state, now)
@@ -209,7 +209,7 @@ def _plan(state: State, now: float) -> Decision:
 
 def _exchange(state: State, attempt: Attempt, now: float) -> Decision:
     timing = state.terms.config.timing
-    missing = [reducer.peer for reducer in attempt.plan.reducers[:] if reducer.peer not in attempt.reports]
+    missing = [peer for peer in reducers_of(attempt.payload) if peer not in attempt.reports]
     if not missing:
         cut_off = [peer for peer, complete in attempt.reports.items() if 2 * len(complete) < len(attempt.roster)]
         if 0 < len(cut_off) < len(attempt.reports):
@@ -245,8 +245,7 @@ def _step(state: State, attempt: Attempt, now: float) -> Decision:
         return _fail(state, now, f"the votes disagree: {len(attempt.tally)} different results")
     if not attempt.votes or leading + open_votes - len(absent) < attempt.quorum:
         gone = [peer for peer, limit in _away(state, attempt).items() if now >= limit]
-        reducers = {reducer.peer for reducer in attempt.plan.reducers} if gone else set()
-        lost = [peer for peer in gone if peer in reducers]
+        lost = [peer for peer in gone if peer in reducers_of(attempt.payload)]
         if leading + open_votes - len(gone) < attempt.quorum:
             return _fail(state, now, "too few of the roster are left for a quorum", lost)
         if lost and not attempt.votes:

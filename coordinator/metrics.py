@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
+from typing import NamedTuple
 
 from hivegrpo.coordinator.round import EVALUATION_PREFIX, Held
 from hivegrpo.protocol.checks import MAX_METRICS
@@ -32,6 +33,14 @@ class Aggregation(StrEnum):
     BY_WEIGHT = "mean by the contributions' weights"
 
 
+class Counts(NamedTuple):
+    """What a contribution counts in means."""
+
+    completions: float
+    tokens: float
+    weight: int
+
+
 def aggregation_of(name: str) -> Aggregation:
     """Sums are called num_*, .../dropped or .../failed; extremes have min or max first or last in their last part.
 
@@ -60,12 +69,12 @@ def merge_metrics(
 
     A metric that only some contributions have is that of those.
     """
-    values: dict[str, list[tuple[float, float]]] = {}
+    values: dict[str, list[tuple[float, Counts]]] = {}
     for held in contributions:
-        factors = _factors(held, grpo)
-        for name, value in held.message.metrics.items():
+        counts, metrics = _counts(held, grpo), held.message.metrics
+        for name in metrics:
             if not name.startswith(EVALUATION_PREFIX):
-                values.setdefault(name, []).append((value, factors.get(aggregation_of(name), 1.0)))
+                values.setdefault(name, []).append((metrics[name], counts))
     merged = {name: _combine(aggregation_of(name), parts) for name, parts in values.items()}
     kept = sorted({**merged, **evaluation}.items(), key=lambda item: (item[0] not in evaluation, item[0]))
     return dict(kept[:MAX_METRICS])
@@ -78,19 +87,19 @@ def why_empty(contributions: Iterable[Held], grpo: GrpoSection) -> str:
     return f"no contribution has weight: {told or 'the peers gave no metrics'}"
 
 
-def _factors(held: Held, grpo: GrpoSection) -> dict[Aggregation, float]:
-    """What a contribution counts in means: what it says, if its lease allows as much, else by the groups it uses."""
+def _counts(held: Held, grpo: GrpoSection) -> Counts:
+    """What it says, if its lease allows as much, else by the groups it uses."""
     metrics, used = held.message.metrics, max(len(held.message.used), 1) * grpo.num_generations
     most = held.lease.count * grpo.num_generations
     completions, tokens = metrics.get("num_completions", 0.0), metrics.get("num_completion_tokens", 0.0)
-    return {
-        Aggregation.BY_COMPLETIONS: completions if 0.0 < completions <= most else used,
-        Aggregation.BY_TOKENS: tokens if 0.0 < tokens <= most * grpo.max_completion_length else used,
-        Aggregation.BY_WEIGHT: max(held.message.weight, 1),
-    }
+    return Counts(
+        completions if 0.0 < completions <= most else used,
+        tokens if 0.0 < tokens <= most * grpo.max_completion_length else used,
+        max(held.message.weight, 1),
+    )
 
 
-def _combine(aggregation: Aggregation, parts: list[tuple[float, float]]) -> float:
+def _combine(aggregation: Aggregation, parts: list[tuple[float, Counts]]) -> float:
     match aggregation:
         case Aggregation.SUM:
             return sum(value for value, _ in parts)
@@ -98,5 +107,13 @@ def _combine(aggregation: Aggregation, parts: list[tuple[float, float]]) -> floa
             return min(value for value, _ in parts)
         case Aggregation.MAXIMUM:
             return max(value for value, _ in parts)
-        case _:
-            return sum(value * factor for value, factor in parts) / sum(factor for _, factor in parts)
+        case Aggregation.BY_COMPLETIONS:
+            return _mean([(value, counts.completions) for value, counts in parts])
+        case Aggregation.BY_TOKENS:
+            return _mean([(value, counts.tokens) for value, counts in parts])
+        case Aggregation.BY_WEIGHT:
+            return _mean([(value, counts.weight) for value, counts in parts])
+
+
+def _mean(parts: list[tuple[float, float]]) -> float:
+    return sum(value * factor for value, factor in parts) / sum(factor for _, factor in parts)

@@ -1,8 +1,8 @@
 """What peers are told: the payloads to be signed that follow from an event, or from the state when a peer joins."""
 
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
+from typing import NamedTuple
 
 from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.state import Phase, State
@@ -14,8 +14,7 @@ MAX_HOLDERS = 32
 """Holders of states that a peer is told of when it joins."""
 
 
-@dataclass(frozen=True, slots=True)
-class Push:
+class Push(NamedTuple):
     """A message for those of `peers` (None: for all) that follow."""
 
     peers: tuple[str, ...] | None
@@ -112,12 +111,13 @@ def _roster(state: State) -> tuple[str, ...]:
 def _welcome(state: State, asking: str) -> bytes:
     """The head, and peers that hold it and can be dialled."""
     holding = islice(state.holding if state.head is not None else (), MAX_HOLDERS + 1)
-    holders = [(peer, state.members[peer].addresses) for peer in holding if peer != asking]
-    return _welcome_payload(max(state.version, 0), tuple(holders[:MAX_HOLDERS]))
+    holders = [_holder(peer, state.members[peer].addresses) for peer in holding if peer != asking]
+    head = pb.Welcome(head=max(state.version, 0)).SerializeToString(deterministic=True)
+    return b"".join([head, *holders[:MAX_HOLDERS]])
 
 
-@lru_cache(maxsize=16)
-def _welcome_payload(head: int, holders: tuple[tuple[str, tuple[str, ...]], ...]) -> bytes:
-    """Those that have held the head for longest come first, so peers that join one after another are told the same."""
-    endpoints = [pb.Endpoint(peer=peer, addresses=addresses) for peer, addresses in holders]
-    return pb.Welcome(head=head, holders=endpoints).SerializeToString(deterministic=True)
+@lru_cache(maxsize=1 << 12)
+def _holder(peer: str, addresses: tuple[str, ...]) -> bytes:
+    """A Welcome with nothing but this holder: messages of a type that follow one another are read as one."""
+    endpoint = pb.Endpoint(peer=peer, addresses=addresses)
+    return pb.Welcome(holders=[endpoint]).SerializeToString(deterministic=True)

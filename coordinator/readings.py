@@ -1,4 +1,4 @@
-"""Reports that grow with the roster, read and checked once, however many look at them or send the same.
+"""What grows with the roster, or is asked for by everybody: read and checked once, however many look at it or send it.
 
 A report is read when it is judged, and again when its event is applied; and a roster that agrees votes alike, to the
 byte where nothing was measured. All of it follows from the bytes alone, so it is kept by them. What is returned is
@@ -43,6 +43,18 @@ class Vote:
     receipts: tuple[bytes, ...]
     seconds: tuple[float, ...]
     dots: tuple[float, ...]
+
+
+@lru_cache(maxsize=KEPT)
+def contribution_of(payload: bytes) -> pb.Contribution:
+    """Read a Contribution; FrameError if it is none."""
+    return parse(pb.Contribution, payload)
+
+
+@lru_cache(maxsize=KEPT)
+def reducers_of(plan: bytes) -> tuple[str, ...]:
+    """Who reduces by a plan, in the order of the spans."""
+    return tuple([reducer.peer for reducer in parse(pb.RoundPlan, plan).reducers[:]])
 
 
 @lru_cache(maxsize=KEPT)

@@ -6,12 +6,11 @@ banned (the peer, for good or until a time that the text says).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.bans import ban_words
-from hivegrpo.coordinator.readings import check_senders, check_vote, senders_of, vote_of
+from hivegrpo.coordinator.readings import check_senders, check_vote, contribution_of, reducers_of, senders_of, vote_of
 from hivegrpo.coordinator.round import Attempt
 from hivegrpo.coordinator.state import Phase, State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
@@ -31,8 +30,7 @@ class Sent(NamedTuple):
     signed: pb.Signed
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """The answer to a report, and what happened by it."""
 
     accepted: bool
@@ -81,7 +79,7 @@ def _judge_ready(state: State, sent: Sent, now: float) -> Verdict:
 
 
 def _judge_contribution(state: State, sent: Sent, now: float) -> Verdict:
-    contribution, peer = parse(pb.Contribution, sent.payload), sent.peer
+    contribution, peer = contribution_of(sent.payload), sent.peer
     known = _known_contribution(state, peer, contribution)
     if known is not None:
         if known == digest_of(sent.payload):
@@ -121,7 +119,7 @@ def _judge_senders(state: State, sent: Sent, now: float) -> Verdict:
     attempt = state.round.attempt
     if attempt is None or said.plan != attempt.digest:
         return Verdict(False, f"stale: plan {said.plan.hex()[:16]} is not the current one")
-    if all(reducer.peer != peer for reducer in attempt.plan.reducers):
+    if peer not in reducers_of(attempt.payload):
         return Verdict(False, "invalid: this peer is no reducer of the plan")
     check_senders(sent.payload, attempt.roster)
     if peer in attempt.reports:

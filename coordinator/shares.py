@@ -40,7 +40,10 @@ def shares(chunks: int, rates: Sequence[float | None], peers: int) -> list[int]:
     early, late = 0.0, max(most / speed for speed in speeds)
     for _ in range(_HALVINGS):
         middle = (early + late) / 2
-        early, late = (middle, late) if sum(below(middle)) <= chunks else (early, middle)
+        found = below(middle)
+        if (taken := sum(found)) == chunks:
+            return found  # as of any later time that leaves no more of them
+        early, late = (middle, late) if taken < chunks else (early, middle)
     found = below(early)
     while sum(found) < chunks:  # few: those that would end at the same time, and what was rounded off
         room = (candidate for candidate in range(len(rates)) if found[candidate] < most)

@@ -75,8 +75,10 @@ def draw(plan: pb.RoundPlan, seed: bytes, rate: float) -> tuple[Draw, ...]:
         lots = 0
         while lots < MAX_AUDITS and _lot(seed, span, str(lots)) < int(rate * 2**64):
             lots += 1
+        if not lots:
+            continue
         others = [peer for peer in roster if peer != reducer.peer]
-        if lots and others:
+        if others:
             most = max(1, len(others) - len(roster) // 3)
             drawn.append(Draw(span, min(lots, most), _by_lot(others, seed, span)))
     return tuple(drawn)
@@ -89,7 +91,7 @@ def receipt_of(plan: bytes, seal: bytes, span: int, content: pb.Blob) -> bytes:
 
 
 def _by_lot(peers: Sequence[str], seed: bytes, span: int) -> tuple[str, ...]:
-    return tuple(sorted(peers, key=lambda peer: (_lot(seed, span, peer), peer)))
+    return tuple([peer for _, peer in sorted([(_lot(seed, span, peer), peer) for peer in peers])])
 
 
 def _lot(seed: bytes, span: int, name: str) -> int:

@@ -38,7 +38,8 @@ def check_metrics(metrics: Mapping[str, float], most: float = MAX_METRIC) -> Non
     """Few, shortly named numbers of bounded magnitude."""
     if len(metrics) > MAX_METRICS:
         raise FrameError(f"{len(metrics)} metrics; at most {MAX_METRICS} are taken")
-    for name, value in metrics.items():
+    for name in metrics:  # a map of protobuf's hands out its items through several calls each
+        value = metrics[name]
         if len(name.encode()) > MAX_METRIC_NAME or not abs(value) <= most:
             raise FrameError(f"metric {name[:MAX_METRIC_NAME]!r} is too long, too large or not a number")
 
@@ -83,14 +84,14 @@ def check_contribution(contribution: pb.Contribution, lease: pb.Lease, rollout: 
     check_metrics(contribution.metrics)
     if contribution.iteration != lease.iteration:
         raise FrameError(f"iteration {contribution.iteration} of a lease that is at iteration {lease.iteration}")
-    used, returned, count = list(contribution.used), list(contribution.returned), lease.count
+    used, returned, count = contribution.used[:], contribution.returned[:], lease.count
     offsets = [*used, *contribution.dropped, *returned]
     if rollout is not None:
         if used not in ([], [*rollout]) or len(offsets) != len(used):
             raise FrameError("a later iteration does not use what iteration 0 used")
     elif len(offsets) != count or sorted(offsets) != list(range(count)):
         raise FrameError("used, dropped and returned offsets do not cover the lease exactly once")
-    elif sorted(returned) != list(range(count - len(returned), count)):
+    elif returned and sorted(returned) != list(range(count - len(returned), count)):
         raise FrameError("what is returned is not the end of the lease: positions are worked on in order")
     if len(used) > lease.wanted:
         raise FrameError(f"{len(used)} groups are used of a lease that wants {lease.wanted}")

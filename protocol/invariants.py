@@ -183,16 +183,18 @@ class Checker:
                 yield Violation(2, f"the contribution of {_words(name)} is in no manifest and was not rejected")
 
     def _lease(self, record: Record) -> Iterator[Violation]:
-        lease = record["lease"]
+        lease: int = record["lease"]
         if lease <= self._newest:
             yield Violation(4, f"lease {lease} was granted after lease {self._newest}")
         self._newest = max(self._newest, lease)
         yield from self._take_lease(record)
-        for position in _positions(record):
-            if position in self._live or position in self._spent:
-                other = self._live.get(position, self._spent.get(position))
-                yield Violation(3, f"position {position} of lease {lease} was taken by lease {other}")
-            self._live[position] = lease
+        positions, live, spent = _positions(record), self._live, self._spent
+        if not (live.keys().isdisjoint(positions) and spent.keys().isdisjoint(positions)):
+            for position in positions:
+                other = live.get(position, spent.get(position))
+                if other is not None:
+                    yield Violation(3, f"position {position} of lease {lease} was taken by lease {other}")
+        live.update(dict.fromkeys(positions, lease))
 
     def _renewed(self, record: Record) -> Iterator[Violation]:
         """A lease for another gradient of a rollout: of the same prompts, and after the gradient before has counted."""
@@ -227,7 +229,7 @@ class Checker:
                 yield Violation(3, f"the contribution of {_words(name)} uses other positions than iteration 0")
             return
         start, live = self._leases[name].positions.start, self._live
-        if any(live.get(start + offset) != lease for offset in offsets):
+        if {live.get(start + offset) for offset in offsets} - {lease}:
             yield Violation(3, f"the contribution of {_words(name)} has positions that the lease no longer had")
         for offset in (*record["dropped"], *record["returned"]):
             live.pop(start + offset, None)

@@ -398,7 +398,9 @@ def test_in_a_large_swarm_each_further_attempt_has_half_as_many_reducers() -> No
 def test_who_joins_is_told_of_those_that_hold_the_head_and_can_be_dialled(machine: Machine) -> None:
     def told() -> set[str]:
         (welcome, *_) = current_for(machine.state, "newcomer", finished=False)
-        return {holder.peer for holder in parse(pb.Welcome, welcome.payload).holders}
+        message = parse(pb.Welcome, welcome.payload)
+        assert welcome.payload == message.SerializeToString(deterministic=True), "as if it were not made of parts"
+        return {holder.peer for holder in message.holders}
 
     first, second, third = machine.peers
     machine.join("newcomer", *machine.peers)

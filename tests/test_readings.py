@@ -2,7 +2,14 @@
 
 import pytest
 
-from hivegrpo.coordinator.readings import check_senders, check_vote, senders_of, vote_of
+from hivegrpo.coordinator.readings import (
+    check_senders,
+    check_vote,
+    contribution_of,
+    reducers_of,
+    senders_of,
+    vote_of,
+)
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.errors import FrameError
 
@@ -40,6 +47,12 @@ def test_a_reducers_report_is_read() -> None:
     assert said.refused == {"c": "too large"}
 
 
+def test_a_contribution_and_a_plans_reducers_are_read() -> None:
+    said = pb.Contribution(lease=3, used=[0, 2], weight=7, metrics={"reward": 0.5})
+    assert contribution_of(said.SerializeToString()) == said
+    assert reducers_of(plan(3)) == ("peer 0", "peer 1", "peer 2")
+
+
 def test_a_vote_is_read() -> None:
     vote = vote_of(VOTE.SerializeToString())
     assert (vote.version, vote.plan, vote.seal) == (3, b"p" * 32, b"s" * 32)
@@ -59,6 +72,8 @@ def test_the_same_bytes_are_checked_anew_for_another_roster_or_plan() -> None:
 
 def test_what_makes_no_sense_is_refused_each_time() -> None:
     for _ in range(2):
+        with pytest.raises(FrameError, match="Contribution"):
+            contribution_of(b"\xff")
         with pytest.raises(FrameError, match="SenderReport"):
             senders_of(b"\xff")
         with pytest.raises(FrameError, match="StepReport"):

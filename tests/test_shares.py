@@ -10,7 +10,7 @@ from support.machine import Machine
 from hivegrpo.coordinator.rates import FOLLOW, MIN_BYTES, MOST_CHANGE, follow, samples
 from hivegrpo.coordinator.readings import senders_of, vote_of
 from hivegrpo.coordinator.round import Attempt
-from hivegrpo.coordinator.shares import NOISE, shares, spans
+from hivegrpo.coordinator.shares import NOISE, _told_apart, shares, spans
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.chunks import SPAN_FRAME_BYTES, split_evenly
 
@@ -56,6 +56,25 @@ def test_shares_are_as_good_as_the_best_of_all(chunks: int, rates: list[float], 
     every = product(range(cap(chunks, len(rates)) + 1), repeat=len(rates))
     best = min(slowest(sizes) for sizes in every if sum(sizes) == chunks)
     assert slowest(tuple(found)) <= best * (1 + 1e-12)  # two ways of rounding the same quotient
+
+
+@given(st.integers(1, 1 << 20), RATES, st.integers(3, 3000))
+@settings(deadline=None)
+def test_a_search_that_ends_early_finds_what_a_whole_one_does(
+    chunks: int, rates: list[float | None], others: int
+) -> None:
+    found = shares(chunks, rates, len(rates) + others)
+    speeds, most = _told_apart(rates), cap(chunks, len(rates))
+    early, late = 0.0, max(most / speed for speed in speeds)
+    for _ in range(60):
+        middle = (early + late) / 2
+        fits = sum(min(most, int(middle * speed)) for speed in speeds) <= chunks
+        early, late = (middle, late) if fits else (early, middle)
+    fitting = [min(most, int(early * speed)) for speed in speeds]
+    while sum(fitting) < chunks:
+        room = [index for index, share in enumerate(fitting) if share < most]
+        fitting[min(room, key=lambda index: ((fitting[index] + 1) / speeds[index], index))] += 1
+    assert found == fitting
 
 
 def test_shares_by_hand() -> None:

@@ -91,10 +91,40 @@ def test_nothing_in_it_knows_the_time_or_draws_elsewhere(path: Path) -> None:
 def test_a_restart_makes_the_same_state_of_the_history() -> None:
     world = World(setting_of(faults="churn,loss,crashes,coordinator=0.5,liars"))
     assert world.run().restarts > 0
-    replayed = State(world.sequencer.state.terms)
+    assert world.sequencer.snapshot is None
+    assert canonical(replayed(world)) == canonical(world.sequencer.state)
+
+
+class Snapping(Sequencer):
+    """Keeps a snapshot every few events, and counts the starts from one."""
+
+    snapshot_every = 20
+
+    def __init__(self, *terms: Any, **rest: Any) -> None:
+        super().__init__(*terms, **rest)
+        self.shortened = 0
+
+    def start(self) -> None:
+        self.shortened += self.snapshot is not None
+        super().start()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_starts_from_snapshots_and_from_the_history_come_to_the_same(seed: int) -> None:
+    setting = setting_of(faults="churn,loss,crashes,coordinator=0.7,liars", seed=seed)
+    plain, world = World(setting).run(), World(setting, sequencer=Snapping)
+    assert world.run() == plain
+    assert isinstance(world.sequencer, Snapping)
+    assert world.sequencer.shortened > 0
+    assert canonical(replayed(world)) == canonical(world.sequencer.state)
+
+
+def replayed(world: World) -> State:
+    """The state by all events, from the first one on."""
+    state = State(world.sequencer.state.terms)
     for event in (*world.sequencer.history, *world.sequencer.unwritten):
-        apply(replayed, event)
-    assert canonical(replayed) == canonical(world.sequencer.state)
+        apply(state, event)
+    return state
 
 
 # No seed breaks an invariant: bounded versions of `make bench-simulate`.

@@ -83,23 +83,26 @@ class Tally:
         """Simulated seconds of a round, so far; 0 before the first is over."""
         return fmean(self.rounds[-8:]) if self.rounds else 0.0
 
-    def count(self, event: ev.Event) -> None:
-        """Take an event of the coordinator's."""
-        self.events[type(event).__name__] += 1
-        match event:
-            case ev.LeaseExpired(reason=reason):
-                self.expired[_kind(reason)] += 1
-            case ev.ContributionRejected(reason=reason):
-                self.rejected[_kind(reason)] += 1
-            case ev.AttemptFailed(reason=reason):
-                self.failed[_kind(reason)] += 1
-            case ev.VersionCommitted(at=at):
-                if self.version >= 0:
-                    self.rounds.append(at - self.committed_at)
-                self.version += 1
-                self.committed_at = at
-            case _:
-                pass
+    def commit(self, at: float) -> None:
+        """A version was committed."""
+        if self.version >= 0:
+            self.rounds.append(at - self.committed_at)
+        self.version += 1
+        self.committed_at = at
+
+    def count(self, events: Sequence[ev.Event]) -> None:
+        """Take events of the coordinator's."""
+        self.events.update([type(event).__name__ for event in events])
+        for event in events:
+            match event:
+                case ev.LeaseExpired(reason=reason):
+                    self.expired[_kind(reason)] += 1
+                case ev.ContributionRejected(reason=reason):
+                    self.rejected[_kind(reason)] += 1
+                case ev.AttemptFailed(reason=reason):
+                    self.failed[_kind(reason)] += 1
+                case _:
+                    pass
 
     def outcome(
         self,

@@ -1,12 +1,14 @@
 """The simulated coordinator: the real state machine, with a disk that takes its time, and crashes.
 
 As in `coordinator.service`: a report is judged, what follows from it is applied and written to the event history, and
-only what is written there is answered and pushed. Events that a crash finds unwritten never were.
+only what is written there is answered and pushed. Events that a crash finds unwritten never were. It starts from a
+snapshot and the events since.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,7 @@ from hivegrpo.coordinator.reports import judge
 from hivegrpo.coordinator.simulation.network import Network
 from hivegrpo.coordinator.simulation.scheduler import Scheduler
 from hivegrpo.coordinator.simulation.stubs import verify
+from hivegrpo.coordinator.snapshots import Snapshot, read_snapshot, take_snapshot
 from hivegrpo.coordinator.state import Phase, State, Terms
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.envelope import digest_of, parse
@@ -76,6 +79,9 @@ class Sequencer:
     write_seconds = 0.005
     """A sync to disk; what happens meanwhile is written together."""
 
+    snapshot_every = 5_000
+    """Events: many more than could be replayed while a snapshot is made and read, which is some 1,500."""
+
     def __init__(
         self,
         terms: Terms,
@@ -94,6 +100,8 @@ class Sequencer:
         """What is on disk, if it is kept: a coordinator that crashes needs it."""
         self.unwritten: list[ev.Event] = []
         """What has happened since."""
+        self.snapshot: Snapshot | None = None
+        """What the history up to some event comes to, if it is kept."""
         self.chain: list[bytes] = []
         """Digests of the versions on disk."""
         self.refused: Counter[str] = Counter()
@@ -110,6 +118,8 @@ class Sequencer:
         self._sessions: dict[str, Session] = {}
         self._effects: list[Callable[[], None]] = []
         self._answers: list[tuple[Answer, bool, str]] = []
+        self._next_snapshot: Snapshot | None = None
+        """To be kept once its events are on disk."""
         self._alarm: float | None = None
         self._life = 0
         self._messages: dict[bytes, Told] = {}
@@ -118,8 +128,11 @@ class Sequencer:
     def start(self) -> None:
         """Come up: make the state again from what is on disk, and go on."""
         began = self._timer()
+        kept, begin = self.snapshot, 0
         self.state = State(self._terms)
-        for event in self.history:
+        if kept is not None and kept.sequence <= len(self.history):
+            self.state, begin = read_snapshot(kept, self._terms), kept.sequence
+        for event in islice(self.history, begin, None):
             apply(self.state, event)
         self.up = True
         self._alarm = None
@@ -131,7 +144,7 @@ class Sequencer:
         self.up = False
         self._life += 1
         answers, self._answers = self._answers, []
-        self.unwritten, self._effects = [], []
+        self.unwritten, self._effects, self._next_snapshot = [], [], None
         sessions, self._sessions = self._sessions, {}
         for answer, _, _ in answers:
             answer(None, "")
@@ -227,6 +240,15 @@ class Sequencer:
         if wake is not None and (self._alarm is None or wake < self._alarm):
             self._alarm = wake
             self._scheduler.at(wake, self._ring, wake, self._life)
+        if self._keep_history:
+            self._take_snapshot()
+
+    def _take_snapshot(self) -> None:
+        """If one is due."""
+        newest = self._next_snapshot or self.snapshot
+        sequence = len(self.history) + len(self.unwritten)
+        if sequence >= (newest.sequence if newest else 0) + self.snapshot_every:
+            self._next_snapshot = take_snapshot(self.state, sequence)
 
     def _ring(self, alarm: float, life: int) -> None:
         if life == self._life and alarm == self._alarm:
@@ -252,6 +274,7 @@ class Sequencer:
         answers, self._answers = self._answers, []
         if self._keep_history:
             self.history += events
+            self.snapshot, self._next_snapshot = self._next_snapshot or self.snapshot, None
         for event in events:
             if isinstance(event, ev.VersionCommitted):
                 self.chain.append(digest_of(event.payload))

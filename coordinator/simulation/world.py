@@ -1,6 +1,6 @@
 """One simulated run: the coordinator, its peers, what goes wrong, and when it ends."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from hashlib import sha256
 from random import Random
 from typing import Protocol
@@ -80,6 +80,8 @@ class World:
         self._roots = [GENESIS_ROOT]
         self._faulty: list[str] = []
         self._partition = 0
+        self._news: list[ev.Event] = []
+        """What is on disk, and not yet in the tally, the digest and the checker."""
         self._digest = sha256()
         self._healed_at: float | None = None
         self._checker = Checker()
@@ -115,6 +117,7 @@ class World:
                 if self.scheduler.now > self.tally.committed_at + patience:
                     self._found.append(Violation(7, f"no version was committed in {patience:.0f} s"))
         except Fork as fork:
+            self._judge()
             self._found.append(Violation(4, str(fork)))
         return self._outcome()
 
@@ -163,14 +166,22 @@ class World:
 
     def _note(self, event: ev.Event) -> None:
         """An event of the coordinator's is on disk."""
-        _absorb(self._digest, event)
-        self.tally.count(event)
+        self._news.append(event)
         if isinstance(event, ev.PlanMade):
             self.newest_plan = digest_of(event.payload)
         if isinstance(event, ev.VersionCommitted):
+            self.tally.commit(event.at)
             self._committed(parse(pb.VersionManifest, event.payload))
-        if type(event) in CHECKED:
-            self._found += self._checker.take(record_of(event))
+
+    def _judge(self) -> None:
+        """Take in what has happened since this was done last: many events at once, as nothing follows from it but the
+        end."""
+        news, self._news = self._news, []
+        self.tally.count(news)
+        _absorb(self._digest, news)
+        for event in news:
+            if type(event) in CHECKED:
+                self._found += self._checker.take(record_of(event))
 
     def _committed(self, manifest: pb.VersionManifest) -> None:
         version = manifest.version
@@ -256,9 +267,11 @@ class World:
     # The end.
 
     def _is_over(self) -> bool:
+        self._judge()
         return bool(self._found) or self.tally.version >= self.config.run.versions
 
     def _outcome(self) -> Outcome:
+        self._judge()
         honest = {name: peer.records() for name, peer in self._honest.items()}
         calm = []
         if self._healed_at is not None:
@@ -274,13 +287,14 @@ class World:
         )
 
 
-def _absorb(digest: Digest, event: ev.Event) -> None:
-    """Take an event into a digest, whole."""
-    kind = type(event)
-    parts = [kind.__name__.encode()]
-    for name in kind.__slots__:
-        value = getattr(event, name)
-        data = value if type(value) is bytes else repr(value).encode()
-        parts.append(len(data).to_bytes(8, "big"))
-        parts.append(data)
+def _absorb(digest: Digest, events: Iterable[ev.Event]) -> None:
+    """Take events into a digest, whole."""
+    parts: list[bytes] = []
+    for event in events:
+        kind = type(event)
+        parts.append(kind.__name__.encode())
+        for name in kind.__slots__:
+            value = getattr(event, name)
+            data = value if type(value) is bytes else repr(value).encode()
+            parts += len(data).to_bytes(8, "big"), data
     digest.update(b"".join(parts))
