@@ -161,6 +161,15 @@ def test_a_large_swarm_under_churn_and_loss() -> None:
 # Every fault shows.
 
 
+def test_churn_leaves_the_swarm_as_large_as_it_was() -> None:
+    """Half of a round's share goes, as many come; a peer that is on its way out is not drawn again."""
+    world = World(setting_of(peers=60, rounds=40, seed=3, faults="churn=0.4"))
+    assert world.run().violations == ()
+    here = [peer for peer in world._present if not peer.gone]
+    assert len(world.names) > 60 + 40 * 60 * 0.4 / 2 / 2
+    assert 54 <= len(here) <= 66
+
+
 def test_without_faults_nothing_goes_wrong() -> None:
     outcome = outcome_of(faults="none")
     troubles = (outcome.expired, outcome.rejected, outcome.failed, outcome.refused)

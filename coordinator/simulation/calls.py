@@ -23,7 +23,7 @@ class Call:
         peer: "SimulatedPeer",
         signed: pb.Signed,
         matters: Callable[[], bool],
-        taken: Callable[[bool, str], None],
+        taken: Callable[[bool, str], None] | None,
         world: "World",
     ) -> None:
         self._peer = peer
@@ -50,9 +50,9 @@ class Call:
         world = self._world
         if accepted is None or not world.network.carries(self._peer):
             world.scheduler.after(RETRY_SECONDS, self.make)
-        else:
-            world.scheduler.after(world.network.delay(), self._end, accepted, reason)
+        elif self._taken is not None:
+            world.scheduler.after(world.network.delay(), self._end, self._taken, accepted, reason)
 
-    def _end(self, accepted: bool, reason: str) -> None:
+    def _end(self, taken: Callable[[bool, str], None], accepted: bool, reason: str) -> None:
         if self._life == self._peer.life:
-            self._taken(accepted, reason)
+            taken(accepted, reason)

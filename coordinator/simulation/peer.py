@@ -182,9 +182,12 @@ class SimulatedPeer:
         self._act()
 
     def report(
-        self, message: Message | pb.Signed, matters: Callable[[], bool], taken: Callable[[bool, str], None]
+        self,
+        message: Message | pb.Signed,
+        matters: Callable[[], bool],
+        taken: Callable[[bool, str], None] | None = None,
     ) -> None:
-        """Deliver a report, again and again while it matters; `taken` gets the answer."""
+        """Deliver a report, again and again while it matters; `taken` gets the answer, if it is of use."""
         signed = message
         if not isinstance(signed, pb.Signed):
             payload = message.SerializeToString(deterministic=True)
@@ -255,7 +258,7 @@ class SimulatedPeer:
 
     def _say_ready(self, life: int, place: tuple[int, int]) -> None:
         if life == self.life and place == (self.height, self._joins) and not self._working:
-            self.report(self.ready(), lambda: place == (self.height, self._joins), lambda *_: None)
+            self.report(self.ready(), lambda: place == (self.height, self._joins))
 
     def rollout_seconds(self, lease: pb.Lease) -> float:
         """How long it samples for a lease."""
@@ -340,7 +343,7 @@ class SimulatedPeer:
 
     def sender_report(self, exchange: "Exchange", payload: bytes) -> None:
         """As a reducer, report who is complete."""
-        self.report(envelope("SenderReport", payload, self.name), exchange.is_current, lambda *_: None)
+        self.report(envelope("SenderReport", payload, self.name), exchange.is_current)
 
     def serves(self, exchange: "Exchange") -> bool:
         """Whether it reduces its span, and lets others have it."""
@@ -349,7 +352,7 @@ class SimulatedPeer:
     def vote(self, exchange: "Exchange", payload: bytes, root: bytes) -> None:
         """Report the root of its step."""
         self._shadow = (exchange.digest, root)
-        self.report(envelope("StepReport", payload, self.name), exchange.is_current, lambda *_: None)
+        self.report(envelope("StepReport", payload, self.name), exchange.is_current)
 
     def _hear_audit(self, seal: bytes, seed: bytes) -> None:
         exchange = self._exchange
@@ -366,7 +369,7 @@ class SimulatedPeer:
                 span=span,
                 content=self.audited(exchange, span),
             )
-            self.report(report, lambda: self.height < exchange.plan.version, lambda *_: None)
+            self.report(report, lambda: self.height < exchange.plan.version)
 
     def audited(self, exchange: "Exchange", span: int) -> bytes:
         """The root that it finds for a span."""

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterable
 from hashlib import sha256
+from operator import attrgetter
 from random import Random
-from typing import Protocol
+from typing import Any, Protocol, get_args
 
 from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.history import record_of
@@ -76,6 +77,8 @@ class World:
         self._honest: dict[str, SimulatedPeer] = {}
         self._present: list[SimulatedPeer] = []
         """Those that are not gone for good."""
+        self._departing: set[str] = set()
+        """Those that are drawn to be, or are: nobody makes room twice, so there are always as many."""
         self._exchanges: dict[bytes, Exchange] = {}
         self._roots = [GENESIS_ROOT]
         self._faulty: list[str] = []
@@ -200,7 +203,9 @@ class World:
         faults, chance, span = self._faults, self.chance, self.tally.mean_round or self.config.timing.lease
         self._present = [peer for peer in self._present if not peer.gone]
         count = len(self._present)
-        for peer in chance.sample(self._present, round(faults.churn * count / 2)):
+        staying = [peer for peer in self._present if peer.name not in self._departing]
+        for peer in chance.sample(staying, min(round(faults.churn * count / 2), len(staying))):
+            self._departing.add(peer.name)
             self.scheduler.after(span * chance.random(), self._depart, peer)
             self.scheduler.after(span * chance.random(), self._arrive)
         for peer in chance.sample(self._present, round(faults.crashes * count)):
@@ -288,13 +293,10 @@ class World:
 
 
 def _absorb(digest: Digest, events: Iterable[ev.Event]) -> None:
-    """Take events into a digest, whole."""
-    parts: list[bytes] = []
-    for event in events:
-        kind = type(event)
-        parts.append(kind.__name__.encode())
-        for name in kind.__slots__:
-            value = getattr(event, name)
-            data = value if type(value) is bytes else repr(value).encode()
-            parts += len(data).to_bytes(8, "big"), data
-    digest.update(b"".join(parts))
+    """Take events into a digest, whole: what is in one (numbers, text, bytes, tuples of them) is told by its repr."""
+    told = [f"{type(event).__name__} {_FIELDS[type(event)](event)!r}\n" for event in events]
+    digest.update("".join(told).encode())
+
+
+_FIELDS: dict[type, Callable[[ev.Event], Any]] = {kind: attrgetter(*kind.__slots__) for kind in get_args(ev.Event)}
+"""All fields of an event, by its kind."""
