@@ -1,6 +1,6 @@
 .PHONY: install test parity fuzz lint demo proto \
 	bench bench-joins bench-wan bench-attacks bench-rounds bench-codecs bench-quality bench-solo bench-learning \
-	bench-memory bench-watch bench-coordinator bench-crashes bench-simulate bench-sweep bench-serve
+	bench-memory bench-watch bench-coordinator bench-crashes bench-simulate bench-sweep bench-serve bench-gpu
 .DEFAULT_GOAL := install
 
 PYTHON ?= python3
@@ -79,6 +79,9 @@ bench-crashes: install  ## the coordinator, killed at fifty random writes over l
 
 bench-simulate: install  ## how long large swarms take to simulate, and a sweep of 500 random seeds
 	$(BIN)/python benchmarks/simulate.py
+
+bench-gpu: install  ## canonical bits, gradients and speed on a GPU, at real models' shapes
+	$(BIN)/python benchmarks/gpu.py
 
 fuzz: install  ## every decoder and handler, for longer than the tests do
 	HIVEGRPO_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest --timeout=3600 tests/test_fuzz_decoders.py tests/test_fuzz_handlers.py

@@ -88,7 +88,7 @@ def test_an_exchange_whose_time_is_up_goes_on_when_the_coordinator_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ExchangeServer._find, "__defaults__", (0.2,))  # pushes do not wait at the peer that is untold
-    bed = Bed(tmp_path, exchange=1.5)
+    bed = Bed(tmp_path, exchange=2.0)
     pushes: list[str] = []
     bed.play({"a": on_stream(PUSH, lambda stream: pushes.append(stream.remote))}, seconds=3.0)
     assert pushes.count(bed.swarm.identities["c"].peer_id) == 1, "what has arrived is not sent again"
