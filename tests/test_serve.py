@@ -189,7 +189,7 @@ def test_a_newer_version_is_switched_to_under_load_without_losing_a_request(
         await asyncio.gather(*loads)
         assert {version for _, version in answers} == {"test@2", "test@3"}
         assert len(set(answers)) == 2
-        assert len(served.engines()) == 1
+        await within(lambda: len(served.engines()) == 1)  # the older one has a moment to leave
 
     runner.run(switch())
 
