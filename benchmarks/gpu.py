@@ -17,36 +17,30 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from gpu_bits import measure_bits, scalars, show_bits
+from gpu_passes import GENERATIONS, SHAPES, Shape, measure_passes, random_base
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+from transformers import PreTrainedTokenizerFast
 
 from hivegrpo.peer.learn import logprobs
 from hivegrpo.peer.learn.cancel import Cancelled
 from hivegrpo.peer.learn.data import Prompts
 from hivegrpo.peer.learn.encoding import PromptEncoder
 from hivegrpo.peer.learn.genesis import genesis_parameters
-from hivegrpo.peer.learn.gradient import rollout_gradient
 from hivegrpo.peer.learn.learner import LearnedContribution, Learner
 from hivegrpo.peer.learn.policy import Policy, choose_device
-from hivegrpo.peer.learn.rollout import Rollout
-from hivegrpo.peer.learn.sampler import Sampling, sample
-from hivegrpo.peer.learn.step import PolicyState, adamw_step, state_bytes
-from hivegrpo.peer.learn.weights import ONE_AT_A_TIME
-from hivegrpo.peer.numerics import differing, integer_floats, known_answers
+from hivegrpo.peer.learn.step import PolicyState, adamw_step
 from hivegrpo.peer.rewards import registry
 from hivegrpo.peer.rewards.base import Reward
 from hivegrpo.peer.swarm.codecs.registry import get_codec
 from hivegrpo.peer.swarm.contribution import EncodedVector
-from hivegrpo.protocol.config import GrpoSection, LoraSection, PeerConfig, RunConfig
-from hivegrpo.protocol.scalars import StepScalars
+from hivegrpo.protocol.config import LoraSection, PeerConfig, RunConfig
 
-GENERATIONS = 8
 BATCHES = (8, 32, 128, 512)
 MICRO_BATCHES = (2048, 4096, 8192, 16_384, 32_768)
 CHECKPOINTED = (4096, 32_768)
@@ -61,31 +55,9 @@ COMPARED = (32, 32)
 TOLERANCE = 1e-4
 """Of a gradient's relative difference between devices, both in float32."""
 GIB = 1 << 30
-STEPS = 3
 CODEC = "mxint8"
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of a Qwen2."""
-
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    inner: int
-    tied: bool
-    vocabulary: int = 151_936
-
-
-SHAPES = {
-    "tiny": Shape(64, 2, 4, 2, 128, tied=True, vocabulary=512),
-    "0.5B": Shape(896, 24, 14, 2, 4864, tied=True),
-    "1.5B": Shape(1536, 28, 12, 2, 8960, tied=True),
-    "7B": Shape(3584, 28, 28, 4, 18_944, tied=False),
-}
 
 
 @dataclass(frozen=True)
@@ -191,150 +163,6 @@ def timed(work: Callable[[], T]) -> tuple[float, T]:
     began = time.perf_counter()
     made = work()
     return time.perf_counter() - began, made
-
-
-# Bits
-
-
-def scalars(step: int) -> StepScalars:
-    return StepScalars.for_step(step, learning_rate=1e-3, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.01)
-
-
-def canonical_steps(parameters: Tensor, gradients: Sequence[Tensor]) -> PolicyState:
-    """What every peer computes, on the CPU."""
-    state = PolicyState.initial(parameters)
-    for step, gradient in enumerate(gradients, start=1):
-        out = state.empty_like()
-        adamw_step(state, gradient, scalars(step), out=out)
-        state = out
-    return state
-
-
-def device_steps(parameters: Tensor, gradients: Sequence[Tensor], device: str) -> list[Tensor]:
-    """The same operations where nothing holds their bits, with torch's square root: parameters and both moments."""
-    p = parameters.to(device)
-    m, v = torch.zeros_like(p), torch.zeros_like(p)
-    for step, gradient in enumerate(gradients, start=1):
-        s, g = scalars(step), gradient.to(device)
-        m = m * s.beta1 + g * s.one_minus_beta1
-        v = v * s.beta2 + g * g * s.one_minus_beta2
-        denominator = v.sqrt() * s.reciprocal_sqrt_bias2 + s.epsilon
-        p = p * s.decay - m * s.reciprocal_bias1 / denominator * s.learning_rate
-    return [vector.cpu() for vector in (p, m, v)]
-
-
-def accepts_device(device: str) -> str:
-    """What becomes of a canonical step whose tensors are all on the device."""
-    state = PolicyState(torch.zeros(20, dtype=torch.uint8, device=device))
-    try:
-        adamw_step(state, torch.ones(1, device=device), scalars(1), out=state.empty_like())
-    except (TypeError, RuntimeError) as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    return "taken"
-
-
-def measure_bits(device: str, values: int) -> dict[str, Any]:
-    """Digests, and what differs."""
-    threads = torch.get_num_threads()
-    parameters = integer_floats("gpu parameters", values, 107, 129)
-    gradients = [integer_floats(f"gpu gradient {step}", values, 0, 140) for step in range(STEPS)]
-    outcome: dict[str, Any] = {"torch": torch.__version__, "values": values, "canonical step": accepts_device(device)}
-    state = canonical_steps(parameters, gradients)
-    for count in sorted({1, threads}):
-        torch.set_num_threads(count)
-        answers = known_answers()
-        state = canonical_steps(parameters, gradients)
-        outcome[f"{count} threads"] = {
-            "answers": answers,
-            "differing": differing(answers),
-            "state": sha256(state_bytes(state)).hexdigest(),
-        }
-    torch.set_num_threads(threads)
-    canonical = {"parameters": state.parameters, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
-    for (name, ours), theirs in zip(canonical.items(), device_steps(parameters, gradients, device), strict=True):
-        outcome[name] = {
-            "cpu": sha256(ours.numpy().tobytes()).hexdigest(),
-            "device": sha256(theirs.numpy().tobytes()).hexdigest(),
-            "values that differ": int((ours.view(torch.int32) != theirs.view(torch.int32)).sum()),
-        }
-    return outcome
-
-
-# Passes
-
-SETTINGS: dict[str, dict[str, Any]] = {
-    "dapo": {},
-    "kl": {"beta": 0.1},
-    "gspo, corrected": {
-        "loss_type": "grpo",
-        "importance_sampling_level": "sequence",
-        "importance_sampling_correction": True,
-        "importance_sampling_mode": "token_truncate",
-        "off_policy_mask_threshold": 0.5,
-    },
-    "cispo": {"loss_type": "cispo"},
-    "high entropy": {"top_entropy_quantile": 0.5},
-    "narrowed": {"top_p": 0.9, "top_k": 20},
-}
-
-
-def random_base(shape: Shape, device: str, dtype: torch.dtype, *, spread: float = 0.02) -> Any:
-    """A model with random weights, of that standard deviation, made where it is to be."""
-    config = Qwen2Config(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.width,
-        intermediate_size=shape.inner,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        tie_word_embeddings=shape.tied,
-        initializer_range=spread,
-        eos_token_id=None,
-    )
-    torch.manual_seed(0)
-    with torch.device(device), ONE_AT_A_TIME:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-
-
-def measure_passes(device: str) -> dict[str, Any]:
-    """For each setting, a rollout that the device samples, and the difference of its gradient there and on the CPU."""
-    outcome: dict[str, Any] = {}
-    for trained, lora in (("adapter", LoraSection()), ("all", None)):
-        # So large that no two tokens have nearly the same entropy.
-        bases = [random_base(SHAPES["tiny"], "cpu", torch.float32, spread=0.2) for _ in range(2)]
-        there, here = (Policy(base.to(at), lora) for base, at in zip(bases, (device, "cpu"), strict=True))
-        vector = there.flatten()
-        vector += 0.02 * torch.randn(vector.shape, generator=torch.Generator().manual_seed(1))
-        for policy in (there, here):
-            policy.load_vector(vector)
-        for name, settings in SETTINGS.items():
-            outcome[f"{name}, {trained}"] = gradient_difference(there, here, GrpoSection(**settings))
-    return outcome
-
-
-def gradient_difference(there: Policy, here: Policy, grpo: GrpoSection) -> float | str:
-    """|a - b| / |b| of the gradients of what is sampled by `there`; or what went wrong."""
-    numbers = torch.Generator().manual_seed(2)
-    prompts = [torch.randint(500, (length,), generator=numbers).tolist() for length in (5, 9, 7, 5)]
-    sampling = Sampling(24, grpo.temperature, grpo.top_p, grpo.top_k)
-    rows = len(prompts) * GENERATIONS
-    noise = [torch.Generator(there.device).manual_seed(row) for row in range(rows)]
-    try:
-        completions = sample(there.model, prompts, GENERATIONS, sampling, frozenset(range(20)), noise)
-        rollout = Rollout(
-            version=0,
-            prompt_ids=[ids for ids in prompts for _ in range(GENERATIONS)],
-            completions=completions,
-            advantages=torch.randn(rows, 1, generator=numbers, dtype=torch.float64),
-            counted=[True] * rows,
-        )
-        ours, theirs = (rollout_gradient(policy, rollout, grpo, 256).vector for policy in (there, here))
-    except (RuntimeError, TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return float((ours - theirs).norm() / theirs.norm())
-
-
-# Speed
 
 
 class Bench:
@@ -500,18 +328,6 @@ class Bench:
         self.figures.rates.append(rate)
         print(f"  {rate.what:15}{rate.cell}", file=sys.stderr, flush=True)
         return rate
-
-
-def show_bits(bits: dict[str, Any]) -> None:
-    """What differs, and from what."""
-    print(f"canonical step with tensors on the device: {bits['canonical step']}")
-    for name, part in bits.items():
-        if name.endswith(" threads"):
-            wrong = ", ".join(part["differing"]) or "none"
-            print(f"  {name}: known answers that differ: {wrong}; state {part['state'][:16]}")
-        elif isinstance(part, dict):
-            of = f"of {bits['values']:,} differ from the CPU's"
-            print(f"  {name}: {part['values that differ']:,} {of} by the same operations on the device")
 
 
 def show_figures(name: str, figures: Figures) -> None:

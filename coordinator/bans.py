@@ -22,7 +22,7 @@ def _ends_of_banned(state: State, now: float) -> Iterator[ev.Event]:
     current = state.round
     for peer, ban in state.banned.items():
         if peer not in current.served and peer not in state.ahead.holders:
-            continue
+            continue  # so it has neither a lease nor a contribution
         why = f"its peer was banned: {ban.reason}"
         member = state.members.get(peer)
         if member is not None and member.lease is not None:

@@ -119,6 +119,20 @@ def test_starts_from_snapshots_and_from_the_history_come_to_the_same(seed: int) 
     assert canonical(replayed(world)) == canonical(world.sequencer.state)
 
 
+def test_a_crash_takes_the_snapshot_of_what_was_not_on_disk() -> None:
+    world = World(setting_of(), sequencer=Snapping)
+    sequencer = world.sequencer
+    sequencer.start()
+    for _ in range(Snapping.snapshot_every):
+        assert sequencer.join(world._new_peer(), (-1, b""))
+    assert len(sequencer.unwritten) > Snapping.snapshot_every
+    sequencer.crash()
+    sequencer.start()
+    world.scheduler.run(1000)
+    assert sequencer.history
+    assert sequencer.snapshot is None
+
+
 def replayed(world: World) -> State:
     """The state by all events, from the first one on."""
     state = State(world.sequencer.state.terms)
@@ -158,9 +172,6 @@ def test_a_large_swarm_under_churn_and_loss() -> None:
     assert 200 + 8 * 20 <= outcome.peers <= 200 + 12 * 20, "about a tenth of 200 joined in each round"
 
 
-# Every fault shows.
-
-
 def test_churn_leaves_the_swarm_as_large_as_it_was() -> None:
     """Half of a round's share goes, as many come; a peer that is on its way out is not drawn again."""
     world = World(setting_of(peers=60, rounds=40, seed=3, faults="churn=0.4"))
@@ -168,6 +179,9 @@ def test_churn_leaves_the_swarm_as_large_as_it_was() -> None:
     here = [peer for peer in world._present if not peer.gone]
     assert len(world.names) > 60 + 40 * 60 * 0.4 / 2 / 2
     assert 54 <= len(here) <= 66
+
+
+# Every fault shows.
 
 
 def test_without_faults_nothing_goes_wrong() -> None:
