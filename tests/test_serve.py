@@ -47,8 +47,15 @@ class Served:
 
     def engines(self) -> list[psutil.Process]:
         """The engines' processes."""
-        children = psutil.Process(self.process.pid).children()
-        return [child for child in children if "transformers.cli.transformers" in " ".join(child.cmdline())]
+        return [child for child in psutil.Process(self.process.pid).children() if _is_engine(child)]
+
+
+def _is_engine(process: psutil.Process) -> bool:
+    """One that has just ended is none."""
+    try:
+        return "transformers.cli.transformers" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.fixture(scope="module")
