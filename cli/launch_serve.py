@@ -2,10 +2,9 @@
 
 import asyncio
 import errno
-import resource
 import socket
 from collections.abc import AsyncIterator, Coroutine, Generator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +12,7 @@ from hivegrpo.cli.output import Record, Show, configure_logging, json_lines, sho
 from hivegrpo.cli.signals import StopSignals
 from hivegrpo.peer.inference.origin import is_exported
 from hivegrpo.protocol.errors import BusyError, ConfigError
+from hivegrpo.protocol.limits import open_files
 
 try:
     import uvicorn
@@ -122,16 +122,8 @@ def _listening(host: str, port: int) -> Generator[socket.socket, None, None]:
 
 def _most_connections() -> int:
     """`CONNECTIONS`, or as many as this process may have files open for; raises that limit as far as is needed."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = CONNECTIONS + OTHER_FILES
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        with suppress(OSError, ValueError):  # a system may have a lower limit of its own
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            soft = wanted
-    if soft == resource.RLIM_INFINITY:
-        return CONNECTIONS
-    return min(CONNECTIONS, max(soft - OTHER_FILES, soft // 2))
+    files = open_files(CONNECTIONS + OTHER_FILES)
+    return min(CONNECTIONS, max(files - OTHER_FILES, files // 2))
 
 
 class _Server(uvicorn.Server):

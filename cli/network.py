@@ -9,6 +9,7 @@ from hivegrpo.protocol.config import DaemonConfig
 from hivegrpo.protocol.errors import HiveError
 from hivegrpo.protocol.files import write_whole
 from hivegrpo.protocol.identity import Identity
+from hivegrpo.protocol.limits import open_files
 from hivegrpo.protocol.transport.base import Transport
 from hivegrpo.protocol.transport.rate import UploadCap
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from hivegrpo.protocol.transport.p2p import P2PTransport
 
 PORT_FILE = "port"
+
+OPEN_FILES = 16_384
+"""Each stream is one: a reducer of a full plan has some four thousand at once."""
 
 
 class Network:
@@ -38,6 +42,7 @@ class Network:
         """
         from hivegrpo.protocol.transport.p2p import P2PTransport
 
+        open_files(OPEN_FILES)
         port = settings.port or kept_port(home)
         upload = None if upload_mbit is None else UploadCap(upload_mbit)
         transport = await P2PTransport.create(identity, settings.host, port, initial_peers, settings.dht, upload)

@@ -411,8 +411,8 @@ def test_connections_leave_files_for_the_rest(
     monkeypatch: pytest.MonkeyPatch, before: tuple[int, int], raised: int | None, connections: int
 ) -> None:
     calls: list[tuple[int, int]] = []
-    monkeypatch.setattr(launch_module.resource, "getrlimit", lambda kind: before)
-    monkeypatch.setattr(launch_module.resource, "setrlimit", lambda kind, limits: calls.append(limits))
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: before)
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: calls.append(limits))
     assert launch_module._most_connections() == connections
     assert calls == ([] if raised is None else [(raised, before[1])])
 
