@@ -16,17 +16,21 @@ from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.envelope import Opened
 from hivegrpo.protocol.errors import FrameError, RemoteError
 from hivegrpo.protocol.identity import Identity
+from hivegrpo.protocol.transport import striped
 from hivegrpo.protocol.transport.base import Stream, Transport
 from hivegrpo.protocol.transport.memory import MemoryNetwork
+from hivegrpo.protocol.transport.striped import StripedStream
 
 PEERS, VERSIONS, VALUES = 3, 3, 100_000
 
 
+@pytest.mark.parametrize("lane_bytes", [striped.LANE_BYTES, 8 << 10], ids=["one_lane", "lanes"])
 @pytest.mark.parametrize("slower", [0.0, 0.1], ids=["acks_at_once", "acks_after_the_seal"])
 def test_spans_come_back_on_the_streams_that_took_the_chunks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slower: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slower: float, lane_bytes: int
 ) -> None:
     receive = SpanReducer.receive
+    monkeypatch.setattr(striped, "LANE_BYTES", lane_bytes)
 
     async def receiving(reducer: SpanReducer, stream: Stream, header: Opened[pb.PushHeader]) -> None:
         await receive(reducer, stream, header)
@@ -40,9 +44,9 @@ def test_spans_come_back_on_the_streams_that_took_the_chunks(
     def count(transport: Transport) -> Transport:
         open_stream = transport.open_stream
 
-        async def opening(peer_id: str, name: str, timeout: float = 10.0) -> Stream:
+        async def opening(peer_id: str, name: str, timeout: float = 10.0, lanes: int = 1) -> Stream:
             opened[name] += 1
-            stream = await open_stream(peer_id, name, timeout)
+            stream = await open_stream(peer_id, name, timeout, lanes)
             if name == "push":
                 pushes.add(stream)
             return stream
@@ -66,6 +70,7 @@ def test_spans_come_back_on_the_streams_that_took_the_chunks(
     asyncio.run(scenario())
     assert opened["push"] == VERSIONS * PEERS * (PEERS - 1)
     assert opened["span"] == 0
+    assert {isinstance(stream, StripedStream) for stream in pushes} == {lane_bytes < 16 << 10}
     assert len(pushes) == PEERS * (PEERS - 1), "the next version has the streams of the one before"
 
 

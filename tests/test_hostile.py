@@ -128,7 +128,7 @@ def test_chunks_that_contradict_the_commitment_cost_the_sender_its_round(tmp_pat
 
 def test_strangers_throw_garbage_at_every_handler_and_the_run_ends_well(tmp_path: Path) -> None:
     swarm = make_swarm(tmp_path, versions=4)
-    streams = {"coordinator": ("follow", "chain", "blob"), "peer": ("push", "span", "blob", "chain")}
+    streams = {"coordinator": ("follow", "chain", "blob"), "peer": ("push", "push/lane", "span", "blob", "chain")}
 
     async def throw(stranger: Transport, target: str, name: str) -> None:
         for frame in (b"", b"\xff" * 40, b"\x00" * 5000, bytes(MAX_FRAME_BYTES)):

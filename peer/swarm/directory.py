@@ -47,15 +47,15 @@ class Directory:
             except HiveError as error:
                 raise RemoteError(f"cannot dial {peer_id}: {error}") from error
 
-    async def open_stream(self, peer_id: str, name: str, timeout: float = 10.0) -> Stream:
+    async def open_stream(self, peer_id: str, name: str, timeout: float = 10.0, lanes: int = 1) -> Stream:
         """Open a stream; dial first, unless the last one to that peer could be opened and this one can, too."""
         if peer_id in self._reached:
             self._reached.discard(peer_id)
             with suppress(RemoteError):
-                return self._has_reached(peer_id, await self._transport.open_stream(peer_id, name, timeout))
+                return self._has_reached(peer_id, await self._transport.open_stream(peer_id, name, timeout, lanes))
         await self._let_dial(peer_id)
         await self.reach(peer_id, timeout)
-        return self._has_reached(peer_id, await self._transport.open_stream(peer_id, name, timeout))
+        return self._has_reached(peer_id, await self._transport.open_stream(peer_id, name, timeout, lanes))
 
     async def give_back(self, stream: Stream, name: str) -> None:
         """See `Transport.give_back`."""

@@ -27,11 +27,15 @@ from hivegrpo.protocol.envelope import Opened, open_signed, parse, sign, sign_pa
 from hivegrpo.protocol.errors import CommitmentError, FrameError, RemoteError, StaleError, WireError
 from hivegrpo.protocol.identity import Identity
 from hivegrpo.protocol.transport.base import Stream
+from hivegrpo.protocol.transport.striped import lanes_for
 
 log = structlog.get_logger(__name__)
 
 PUSH = "push"
 SPAN = "span"
+LANES_AT_A_REDUCER = 256
+"""Of all pushes together: each takes a socket or two."""
+
 MAX_HEADER_BYTES = 4096
 MAX_RECEIPT_BYTES = 1024
 RETRY_SECONDS = 0.25
@@ -223,12 +227,13 @@ class Exchange:
         else:
             signed = sign(self._identity, self._run_id, header)
             frames = layout.pack(chunks)
-            await self._retry(lambda: self._push_once(index, signed, frames), self.plan.message.exchange_seconds)
+            lanes = lanes_for(layout.size, LANES_AT_A_REDUCER // len(self.plan.message.contributors))
+            await self._retry(lambda: self._push_once(index, signed, frames, lanes), self.plan.message.exchange_seconds)
         self._pushed.add(index)
 
-    async def _push_once(self, index: int, header: pb.Signed, frames: list[bytes]) -> None:
+    async def _push_once(self, index: int, header: pb.Signed, frames: list[bytes], lanes: int) -> None:
         """Send a reducer its chunks, and ask for the span, which comes once it is made. The caller bounds the time."""
-        stream = await self._directory.open_stream(self.plan.message.reducers[index].peer, PUSH)
+        stream = await self._directory.open_stream(self.plan.message.reducers[index].peer, PUSH, lanes=lanes)
         line = Line(stream)
         try:
             await stream.send(header.SerializeToString())

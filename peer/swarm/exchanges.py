@@ -22,7 +22,7 @@ class ExchangeServer:
 
     async def start(self, transport: Transport) -> None:
         """Begin to serve."""
-        await transport.serve_stream(PUSH, self._on_push)
+        await transport.serve_stream(PUSH, self._on_push, lanes=True)
         await transport.serve_stream(SPAN, self._on_span)
         await transport.serve_stream(PULL, self._on_pull)
 

@@ -119,8 +119,11 @@ class Transport(ABC):
         """Unary call to a connected or dialled peer. RemoteError when it fails or does not answer in time."""
 
     @abstractmethod
-    async def open_stream(self, peer_id: str, name: str, timeout: float = 10.0) -> Stream:
-        """Open a stream to the handler `name`, or take one that was given back. RemoteError when it fails."""
+    async def open_stream(self, peer_id: str, name: str, timeout: float = 10.0, lanes: int = 1) -> Stream:
+        """Open a stream to the handler `name`, or take one that was given back. RemoteError when it fails.
+
+        In more than one of `lanes` (see `striped`), the handler must take it so.
+        """
 
     async def give_back(self, stream: Stream, name: str) -> None:
         """Have no more use for a stream to the handler `name`, whose other side waits for another first frame.
@@ -134,8 +137,8 @@ class Transport(ABC):
         """Answer unary calls to `name`."""
 
     @abstractmethod
-    async def serve_stream(self, name: str, handler: StreamHandler, max_per_peer: int = 8) -> None:
-        """Serve streams to `name`; a peer's streams above `max_per_peer` at once are refused."""
+    async def serve_stream(self, name: str, handler: StreamHandler, max_per_peer: int = 8, lanes: bool = False) -> None:
+        """Serve streams to `name`, also in lanes if so; a peer's streams above `max_per_peer` at once are refused."""
 
     @abstractmethod
     async def announce(self, key: str, value: bytes, ttl: float) -> None:

@@ -22,6 +22,7 @@ from hivegrpo.protocol.text import MAX_REASON_CHARS, printable
 from hivegrpo.protocol.transport.base import IDLE_SECONDS, MAX_CALL_BYTES, CallHandler, Stream, StreamHandler, Transport
 from hivegrpo.protocol.transport.frames import FramedStream
 from hivegrpo.protocol.transport.rate import UploadCap
+from hivegrpo.protocol.transport.striped import LANE, MAX_LANES, LaneServer, StripedStream, hellos
 
 PROTOCOL = "hivegrpo/1/"
 """Prefix of every stream's libp2p protocol name."""
@@ -57,7 +58,7 @@ class ServingTransport(Transport):
         self._streams: set[FramedStream] = set()
         self._slots: dict[str, asyncio.Semaphore] = {}
         """Of calls to each peer."""
-        self._idle: dict[tuple[str, str], list[tuple[FramedStream, asyncio.TimerHandle]]] = {}
+        self._idle: dict[tuple[str, str], list[tuple[FramedStream | StripedStream, asyncio.TimerHandle]]] = {}
         """Streams that were given back, by peer and name, with their ends."""
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -93,15 +94,18 @@ class ServingTransport(Transport):
             raise RemoteError(f"{peer_id} refused {name!r}: {reason}")
         return answer[1:]
 
-    async def open_stream(self, peer_id: str, name: str, timeout: float = 10.0) -> Stream:
+    async def open_stream(self, peer_id: str, name: str, timeout: float = 10.0, lanes: int = 1) -> Stream:
         try:
             async with asyncio.timeout(timeout):
-                return self._take_idle(peer_id, name) or await self._dial(peer_id, name)
+                kept = self._take_idle(peer_id, name)
+                if kept is not None:
+                    return kept
+                return await (self._dial(peer_id, name) if lanes == 1 else self._dial_lanes(peer_id, name, lanes))
         except TimeoutError:
             raise RemoteError(f"{peer_id} did not open a stream {name!r} within {timeout:g} s") from None
 
     async def give_back(self, stream: Stream, name: str) -> None:
-        if isinstance(stream, FramedStream) and stream.usable and not self.closed:
+        if isinstance(stream, FramedStream | StripedStream) and stream.usable and not self.closed:
             self._keep_idle(stream, name)
         else:
             await stream.close()
@@ -113,10 +117,12 @@ class ServingTransport(Transport):
             # Twice the caller's own limit: a stream that it dropped may not have ended here yet.
             await self.serve_stream(CALL, self._answer_calls, max_per_peer=2 * CALLS_AT_ONCE)
 
-    async def serve_stream(self, name: str, handler: StreamHandler, max_per_peer: int = 8) -> None:
+    async def serve_stream(self, name: str, handler: StreamHandler, max_per_peer: int = 8, lanes: bool = False) -> None:
         assert name not in self._stream_handlers, f"stream {name!r} is served already"
         self._stream_handlers[name] = handler, max_per_peer
         await self._listen(name)
+        if lanes:
+            await self.serve_stream(name + LANE, LaneServer(handler).serve, max_per_peer * MAX_LANES)
 
     async def close(self) -> None:
         self.stop()
@@ -146,7 +152,23 @@ class ServingTransport(Transport):
             stream.abort()
         return stream
 
-    def _take_idle(self, peer_id: str, name: str) -> FramedStream | None:
+    async def _dial_lanes(self, peer_id: str, name: str, count: int) -> StripedStream:
+        """A new stream in lanes; RemoteError if one of them cannot be opened."""
+        dials = [asyncio.create_task(self._dial(peer_id, name + LANE)) for _ in range(count)]
+        try:
+            lanes = await asyncio.gather(*dials)
+            for lane, hello in zip(lanes, hellos(count), strict=True):
+                await lane.send(hello)
+        except BaseException:
+            for dial in dials:
+                dial.cancel()
+            for outcome in await asyncio.gather(*dials, return_exceptions=True):
+                if isinstance(outcome, FramedStream):
+                    outcome.abort()
+            raise
+        return StripedStream(lanes)
+
+    def _take_idle(self, peer_id: str, name: str) -> FramedStream | StripedStream | None:
         """The stream that was given back last, if it is still alive."""
         idle = self._idle.get((peer_id, name), [])
         while idle:
@@ -157,11 +179,11 @@ class ServingTransport(Transport):
             stream.abort()
         return None
 
-    def _keep_idle(self, stream: FramedStream, name: str) -> None:
+    def _keep_idle(self, stream: FramedStream | StripedStream, name: str) -> None:
         timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._drop_idle, stream, name)
         self._idle.setdefault((stream.remote, name), []).append((stream, timer))
 
-    def _drop_idle(self, stream: FramedStream, name: str) -> None:
+    def _drop_idle(self, stream: FramedStream | StripedStream, name: str) -> None:
         key = stream.remote, name
         self._idle[key] = [(kept, timer) for kept, timer in self._idle[key] if kept is not stream]
         if not self._idle[key]:

@@ -129,8 +129,8 @@ class ByzantineTransport(Transport):
     async def serve_call(self, name: str, handler: CallHandler) -> None:
         await self._inner.serve_call(name, handler)
 
-    async def serve_stream(self, name: str, handler: StreamHandler, max_per_peer: int = 8) -> None:
-        await self._inner.serve_stream(name, handler, max_per_peer)
+    async def serve_stream(self, name: str, handler: StreamHandler, max_per_peer: int = 8, lanes: bool = False) -> None:
+        await self._inner.serve_stream(name, handler, max_per_peer, lanes)
 
     async def announce(self, key: str, value: bytes, ttl: float) -> None:
         await self._inner.announce(key, value, ttl)
@@ -156,8 +156,8 @@ class ByzantineTransport(Transport):
             self.refusals.append(ack.reason)
         return answer
 
-    async def open_stream(self, peer_id: str, name: str, timeout: float = 10.0) -> Stream:
-        stream = await self._inner.open_stream(peer_id, name, timeout)
+    async def open_stream(self, peer_id: str, name: str, timeout: float = 10.0, lanes: int = 1) -> Stream:
+        stream = await self._inner.open_stream(peer_id, name, timeout)  # one lane: the faults write to it directly
         if name == "push" and (change := self._push_fault()) is not None:
             assert isinstance(stream, FramedStream)
             change(stream)
@@ -242,7 +242,7 @@ class ByzantineTransport(Transport):
         for name in ("follow", "chain", "blob"):
             await self._throw_at(self._coordinator, name, forged)
         for peer in self._victims():
-            for name in ("push", "span", "pull", "blob", "chain", "follow"):
+            for name in ("push", "push/lane", "span", "pull", "blob", "chain", "follow"):
                 await self._throw_at(peer, name, forged)
 
     async def _throw_at(self, peer: str, name: str, frames: list[bytes]) -> None:

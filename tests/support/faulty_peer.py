@@ -47,8 +47,8 @@ def die_in_push(transport: Transport, countdown: Countdown) -> None:
     """After the header of a push and before its first chunk."""
     open_stream = transport.open_stream
 
-    async def opening(peer_id: str, name: str, timeout: float = 10.0) -> Stream:
-        stream = await open_stream(peer_id, name, timeout)
+    async def opening(peer_id: str, name: str, timeout: float = 10.0, lanes: int = 1) -> Stream:
+        stream = await open_stream(peer_id, name, timeout, lanes)
         if name == "push":
             send, frames = stream.send, 0
 

@@ -144,10 +144,10 @@ class LossyDirectory(Directory):
         super().__init__(transport)  # type: ignore[arg-type]
         self.lost: frozenset[str] = frozenset()
 
-    async def open_stream(self, peer_id: str, name: str, timeout: float = 10.0):  # type: ignore[no-untyped-def]
+    async def open_stream(self, peer_id: str, name: str, timeout: float = 10.0, lanes: int = 1):  # type: ignore[no-untyped-def]
         if peer_id in self.lost:
             await asyncio.Event().wait()
-        return await super().open_stream(peer_id, name, timeout)
+        return await super().open_stream(peer_id, name, timeout, lanes)
 
 
 class Ring:

@@ -12,8 +12,8 @@ def on_stream(name: str, change: Callable[[Stream], None]) -> Callable[[Transpor
     def wrap(transport: Transport) -> Transport:
         open_stream = transport.open_stream
 
-        async def opening(peer_id: str, opened: str, timeout: float = 10.0) -> Stream:
-            stream = await open_stream(peer_id, opened, timeout)
+        async def opening(peer_id: str, opened: str, timeout: float = 10.0, lanes: int = 1) -> Stream:
+            stream = await open_stream(peer_id, opened, timeout, lanes)
             if opened == name:
                 change(stream)
             return stream
@@ -30,8 +30,8 @@ def on_serving(name: str, change: Callable[[StreamHandler], StreamHandler]) -> C
     def wrap(transport: Transport) -> Transport:
         serve_stream = transport.serve_stream
 
-        async def serving(served: str, handler: StreamHandler, max_per_peer: int = 8) -> None:
-            await serve_stream(served, change(handler) if served == name else handler, max_per_peer)
+        async def serving(served: str, handler: StreamHandler, max_per_peer: int = 8, lanes: bool = False) -> None:
+            await serve_stream(served, change(handler) if served == name else handler, max_per_peer, lanes)
 
         transport.serve_stream = serving  # type: ignore[method-assign]  # the fault
         return transport
