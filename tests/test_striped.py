@@ -9,6 +9,7 @@ from support.beds import MIB, PATIENCE, Bed, on_both_networks
 from hivegrpo.protocol.errors import RemoteError
 from hivegrpo.protocol.transport import striped
 from hivegrpo.protocol.transport.base import Stream
+from hivegrpo.protocol.transport.frames import FramedStream
 from hivegrpo.protocol.transport.serving import ServingTransport
 from hivegrpo.protocol.transport.striped import LANE, LANE_BYTES, MAX_LANES, StripedStream, hellos, lanes_for
 
@@ -142,13 +143,17 @@ def test_a_send_that_is_cancelled_ends_every_lane(bed: Bed) -> None:
     [b"", bytes(striped.HELLO_BYTES - 1), bytes(16) + bytes((2, 2)), bytes(16) + bytes((0, MAX_LANES + 1))],
     ids=["empty", "short", "place_beyond", "too_many"],
 )
-def test_a_lane_that_does_not_say_which_it_is_is_refused(bed: Bed, hello: bytes) -> None:
+def test_a_lane_that_does_not_say_which_it_is_is_refused_at_once(
+    bed: Bed, monkeypatch: pytest.MonkeyPatch, hello: bytes
+) -> None:
+    monkeypatch.setattr(striped, "LANE_SECONDS", 3600.0)
+
     async def scenario(server: ServingTransport, client: ServingTransport) -> None:
         await server.serve_stream("echo", echo, lanes=True)
         async with await client.open_stream(server.peer_id, "echo" + LANE) as lane:
             await lane.send(hello)
-            with pytest.raises(RemoteError):
-                await lane.receive(MIB, PATIENCE)
+            with pytest.raises(RemoteError, match=r"ended the stream|broke"):
+                await lane.receive(MIB, 5.0)
         assert server.rejected == {"FrameError": 1}
 
     bed(scenario)
@@ -210,6 +215,29 @@ def test_who_does_not_serve_lanes_refuses_all(bed: Bed) -> None:
         await server.serve_stream("plain", echo)
         with pytest.raises(RemoteError):
             await client.open_stream(server.peer_id, "plain", lanes=LANES)
+        assert not client._streams
+
+    bed(scenario)
+
+
+@on_both_networks
+def test_a_lane_that_cannot_be_opened_ends_the_others(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(server: ServingTransport, client: ServingTransport) -> None:
+        await server.serve_stream("echo", echo, lanes=True)
+        open_one, opened = client._open, 0
+
+        async def opening(peer_id: str, name: str) -> FramedStream:
+            nonlocal opened
+            opened += 1
+            if opened == LANES:
+                await asyncio.sleep(0.2)
+                raise RemoteError("no more streams")
+            return await open_one(peer_id, name)
+
+        monkeypatch.setattr(client, "_open", opening)
+        with pytest.raises(RemoteError, match="no more streams"):
+            await client.open_stream(server.peer_id, "echo", lanes=LANES)
+        assert opened == LANES
         assert not client._streams
 
     bed(scenario)
