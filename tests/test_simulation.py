@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,7 +22,7 @@ from hivegrpo.coordinator.simulation.outcome import Outcome
 from hivegrpo.coordinator.simulation.sequencer import Answer, Sequencer, Session, Told
 from hivegrpo.coordinator.simulation.setting import Setting, config_for
 from hivegrpo.coordinator.simulation.stubs import GENESIS_ROOT, proof_against
-from hivegrpo.coordinator.simulation.world import World
+from hivegrpo.coordinator.simulation.world import World, _absorb
 from hivegrpo.coordinator.state import State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.config import RunConfig
@@ -373,3 +374,15 @@ def test_events_that_nobody_checks_are_in_the_digest() -> None:
     before = world.run().digest
     world._note(ev.PeerProbed(0.0, "somebody", True))
     assert world._outcome().digest != before
+
+
+def test_equal_events_are_equal_in_the_digest_whatever_objects_they_are_made_of() -> None:
+    name = "somebody"
+    shared = [ev.PeerLeft(0.0, name, name), ev.PeerLeft(0.0, name, name)]
+    apart = [ev.PeerLeft(0.0, *("".join(["some", "body"]) for _ in range(2))) for _ in range(2)]
+    digests = []
+    for events in (shared, apart):
+        digest = sha256()
+        _absorb(digest, events)
+        digests.append(digest.digest())
+    assert digests[0] == digests[1]
