@@ -5,10 +5,10 @@ from itertools import islice
 from typing import NamedTuple
 
 from hivegrpo.coordinator import events as ev
+from hivegrpo.coordinator.readings import lease_of
 from hivegrpo.coordinator.state import Phase, State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.audits import seed_notice
-from hivegrpo.protocol.envelope import parse
 
 MAX_HOLDERS = 32
 """Holders of states that a peer is told of when it joins."""
@@ -26,7 +26,7 @@ def push_of(event: ev.Event, state: State) -> Push | None:
     """What an event that has just been applied has for the peers."""
     match event:
         case ev.LeaseGranted(payload=payload):
-            return Push((parse(pb.Lease, payload).peer,), "Lease", payload)
+            return Push((lease_of(payload).peer,), "Lease", payload)
         case ev.PlanMade(payload=payload):
             return Push(_roster(state), "RoundPlan", payload)
         case ev.SealMade(payload=payload):
