@@ -111,9 +111,10 @@ def _roster(state: State) -> tuple[str, ...]:
 def _welcome(state: State, asking: str) -> bytes:
     """The head, and peers that hold it and can be dialled."""
     holding = islice(state.holding if state.head is not None else (), MAX_HOLDERS + 1)
-    holders = [_holder(peer, state.members[peer].addresses) for peer in holding if peer != asking]
+    members, peers = state.members, [peer for peer in holding if peer != asking][:MAX_HOLDERS]
+    holders = map(_holder, peers, [members[peer].addresses for peer in peers])
     head = pb.Welcome(head=max(state.version, 0)).SerializeToString(deterministic=True)
-    return b"".join([head, *holders[:MAX_HOLDERS]])
+    return b"".join([head, *holders])
 
 
 @lru_cache(maxsize=1 << 12)
