@@ -4,6 +4,8 @@ import ast
 import json
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
@@ -354,6 +356,19 @@ def test_an_error_of_the_coordinator_ends_with_that_command_too(
     with pytest.raises(AssertionError, match="planted"):
         simulate.run_simulation(NUMBERS, seed=9, faults="none", config=None, as_json=False)
     assert "--seed 9 --faults none" in capsys.readouterr().err
+
+
+def test_what_the_coordinator_waited_is_no_cpu_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Idle(World):
+        def run(self) -> Outcome:
+            time.sleep(1.0)
+            return replace(super().run(), cpu_seconds=1.0)
+
+    monkeypatch.setattr(simulate, "World", Idle)
+    simulate.run_simulation(NUMBERS, seed=1, faults="none", config=None, as_json=True)
+    assert json.loads(capsys.readouterr().out)["cpu_seconds"] < 0.5
 
 
 def test_a_run_toml_gives_the_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

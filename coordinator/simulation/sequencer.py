@@ -111,7 +111,7 @@ class Sequencer:
         keep_history: bool,
         timer: Callable[[], float],
     ) -> None:
-        """`on_event` is told of each event that is on disk; `timer` measures the CPU of the coordinator's own code."""
+        """`on_event` is told of each event that is on disk; `timer` measures the coordinator's own code."""
         self.run_id = run_id
         self.history: list[ev.Event] = []
         """What is on disk, if it is kept: a coordinator that crashes needs it."""

@@ -64,7 +64,7 @@ class World:
     def __init__(
         self, setting: Setting, timer: Callable[[], float] = lambda: 0.0, sequencer: type[Sequencer] = Sequencer
     ) -> None:
-        """`timer` tells CPU seconds, for the outcome alone: nothing in the simulation depends on it."""
+        """`timer` tells seconds, for the outcome alone: nothing in the simulation depends on it."""
         self.config = setting.config
         self.chance = Random(setting.seed)  # noqa: S311 - chosen to be repeated, not to be secret
         self.scheduler = Scheduler()
