@@ -7,7 +7,7 @@ from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.ahead import adopt_ahead, await_ahead, expire_ahead, grant_ahead, meet_ahead, miss_ahead
 from hivegrpo.coordinator.invites import Invite
 from hivegrpo.coordinator.rates import follow
-from hivegrpo.coordinator.readings import contribution_of, senders_of, vote_of
+from hivegrpo.coordinator.readings import contribution_of, lease_of, senders_of, vote_of
 from hivegrpo.coordinator.round import EVALUATION_PREFIX, Attempt, Audit, Granted, Held, Round, empty_pause
 from hivegrpo.coordinator.speeds import Pacing, Waiting, observe, observe_at_most
 from hivegrpo.coordinator.state import Ban, Head, Member, Phase, Promotion, State
@@ -166,7 +166,7 @@ def _offer(state: State, peer: str) -> None:
 
 
 def _grant(state: State, payload: bytes, at: float) -> None:
-    lease = parse(pb.Lease, payload)
+    lease = lease_of(payload)
     if lease.ahead:
         grant_ahead(state, lease, payload, at)
         return

@@ -5,10 +5,10 @@ from itertools import islice
 from typing import NamedTuple
 
 from hivegrpo.coordinator import events as ev
+from hivegrpo.coordinator.readings import lease_of
 from hivegrpo.coordinator.state import Phase, State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.audits import seed_notice
-from hivegrpo.protocol.envelope import parse
 
 MAX_HOLDERS = 32
 """Holders of states that a peer is told of when it joins."""
@@ -26,7 +26,7 @@ def push_of(event: ev.Event, state: State) -> Push | None:
     """What an event that has just been applied has for the peers."""
     match event:
         case ev.LeaseGranted(payload=payload):
-            return Push((parse(pb.Lease, payload).peer,), "Lease", payload)
+            return Push((lease_of(payload).peer,), "Lease", payload)
         case ev.PlanMade(payload=payload):
             return Push(_roster(state), "RoundPlan", payload)
         case ev.SealMade(payload=payload):
@@ -111,9 +111,10 @@ def _roster(state: State) -> tuple[str, ...]:
 def _welcome(state: State, asking: str) -> bytes:
     """The head, and peers that hold it and can be dialled."""
     holding = islice(state.holding if state.head is not None else (), MAX_HOLDERS + 1)
-    holders = [_holder(peer, state.members[peer].addresses) for peer in holding if peer != asking]
+    members, peers = state.members, [peer for peer in holding if peer != asking][:MAX_HOLDERS]
+    holders = map(_holder, peers, [members[peer].addresses for peer in peers])
     head = pb.Welcome(head=max(state.version, 0)).SerializeToString(deterministic=True)
-    return b"".join([head, *holders[:MAX_HOLDERS]])
+    return b"".join([head, *holders])
 
 
 @lru_cache(maxsize=1 << 12)

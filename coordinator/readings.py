@@ -46,6 +46,12 @@ class Vote:
 
 
 @lru_cache(maxsize=KEPT)
+def lease_of(payload: bytes) -> pb.Lease:
+    """Read a lease that the coordinator made."""
+    return parse(pb.Lease, payload)
+
+
+@lru_cache(maxsize=KEPT)
 def contribution_of(payload: bytes) -> pb.Contribution:
     """Read a Contribution; FrameError if it is none."""
     return parse(pb.Contribution, payload)

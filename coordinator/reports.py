@@ -42,14 +42,15 @@ def judge(
     state: State, signed: pb.Signed, peer: str, run_id: str, now: float, verify: Verify = verify_signature
 ) -> Verdict:
     """Judge a report that `peer` sent. WireError if it is not properly signed by that peer, or malformed."""
-    if signed.type not in _JUDGES:
-        raise FrameError(f"a report of unknown type {signed.type[:40]!r}")
+    kind = signed.type
+    if kind not in _JUDGES:
+        raise FrameError(f"a report of unknown type {kind[:40]!r}")
     if peer not in state.members:
         return Verdict(False, "unknown: this peer has not joined")
     if peer in state.banned:
         return Verdict(False, f"banned: {ban_words(state.banned[peer])}")
-    payload = verified_payload(signed, run_id, signed.type, peer, verify)
-    return _JUDGES[signed.type](state, Sent(peer, payload, signed), now)
+    payload = verified_payload(signed, run_id, kind, peer, verify)
+    return _JUDGES[kind](state, Sent(peer, payload, signed), now)
 
 
 def open_heartbeat(signed: pb.Signed, peer: str, run_id: str) -> pb.Heartbeat:

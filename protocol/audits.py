@@ -91,10 +91,15 @@ def receipt_of(plan: bytes, seal: bytes, span: int, content: pb.Blob) -> bytes:
 
 
 def _by_lot(peers: Sequence[str], seed: bytes, span: int) -> tuple[str, ...]:
-    return tuple([peer for _, peer in sorted([(_lot(seed, span, peer), peer) for peer in peers])])
+    begin = _lot_begin(seed, span)
+    return tuple([peer for _, peer in sorted([(sha256(begin + peer.encode()).digest()[:8], peer) for peer in peers])])
 
 
 def _lot(seed: bytes, span: int, name: str) -> int:
     """The first 64 bits of SHA-256("audit" | seed | span, 4 bytes | name)."""
-    digest = sha256(b"audit" + seed + span.to_bytes(4, "big") + name.encode()).digest()
-    return int.from_bytes(digest[:8], "big")
+    return int.from_bytes(sha256(_lot_begin(seed, span) + name.encode()).digest()[:8], "big")
+
+
+def _lot_begin(seed: bytes, span: int) -> bytes:
+    """What the lots of a span have in common."""
+    return b"audit" + seed + span.to_bytes(4, "big")

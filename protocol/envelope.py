@@ -93,12 +93,10 @@ def open_run(envelope: pb.Signed, coordinator: str) -> Opened[pb.RunManifest]:
 
 def parse(kind: type[M], data: bytes) -> M:
     """Parse a bounded byte string; FrameError if it is not such a message."""
-    message = kind()
     try:
-        message.ParseFromString(data)
+        return kind.FromString(data)
     except DecodeError as error:
         raise FrameError(f"not a {kind.DESCRIPTOR.name}: {error}") from None
-    return message
 
 
 def _signing_bytes(type_name: str, run_id: str, payload: bytes) -> bytes:

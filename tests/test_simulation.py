@@ -4,6 +4,9 @@ import ast
 import json
 import subprocess
 import sys
+import time
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,7 +24,7 @@ from hivegrpo.coordinator.simulation.outcome import Outcome
 from hivegrpo.coordinator.simulation.sequencer import Answer, Sequencer, Session, Told
 from hivegrpo.coordinator.simulation.setting import Setting, config_for
 from hivegrpo.coordinator.simulation.stubs import GENESIS_ROOT, proof_against
-from hivegrpo.coordinator.simulation.world import World
+from hivegrpo.coordinator.simulation.world import World, _absorb
 from hivegrpo.coordinator.state import State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.config import RunConfig
@@ -355,6 +358,19 @@ def test_an_error_of_the_coordinator_ends_with_that_command_too(
     assert "--seed 9 --faults none" in capsys.readouterr().err
 
 
+def test_what_the_coordinator_waited_is_no_cpu_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Idle(World):
+        def run(self) -> Outcome:
+            time.sleep(1.0)
+            return replace(super().run(), cpu_seconds=1.0)
+
+    monkeypatch.setattr(simulate, "World", Idle)
+    simulate.run_simulation(NUMBERS, seed=1, faults="none", config=None, as_json=True)
+    assert json.loads(capsys.readouterr().out)["cpu_seconds"] < 0.5
+
+
 def test_a_run_toml_gives_the_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     toml = tmp_path / "run.toml"
     toml.write_text(
@@ -373,3 +389,15 @@ def test_events_that_nobody_checks_are_in_the_digest() -> None:
     before = world.run().digest
     world._note(ev.PeerProbed(0.0, "somebody", True))
     assert world._outcome().digest != before
+
+
+def test_equal_events_are_equal_in_the_digest_whatever_objects_they_are_made_of() -> None:
+    name = "somebody"
+    shared = [ev.PeerLeft(0.0, name, name), ev.PeerLeft(0.0, name, name)]
+    apart = [ev.PeerLeft(0.0, *("".join(["some", "body"]) for _ in range(2))) for _ in range(2)]
+    digests = []
+    for events in (shared, apart):
+        digest = sha256()
+        _absorb(digest, events)
+        digests.append(digest.digest())
+    assert digests[0] == digests[1]

@@ -168,7 +168,7 @@ class Liar(SimulatedPeer):
         self._keep(signed)
 
     def _tell(self, signed: pb.Signed) -> None:
-        self.report(signed, lambda: True)
+        self.deliver(signed, lambda: True)
 
     def _noise(self) -> bytes:
         return digest_of(self._world.chance.randbytes(8))

@@ -164,39 +164,41 @@ class SimulatedPeer:
         """Take a push."""
         if self.session is not session:
             return
-        message = told.message
-        match message:
-            case pb.VersionManifest():
-                self._hear_version(message, told.digest)
-            case pb.Lease():
-                self._lease = message
-                if message.ahead:
-                    self._sampled_at = self._world.scheduler.now + self.rollout_seconds(message)
-            case pb.RoundPlan():
+        match told.type:
+            case "Seal":
+                self._hear_seal(told)
+            case "Notice":
+                self._hear_notice(told)
+            case "VersionManifest":
+                self._hear_version(told)
+                self._act()
+            case "Lease":
+                self._hear_lease(told)
+                self._act()
+            case "RoundPlan":
                 self._plan = told
-            case pb.Seal():
-                if self._exchange is not None and self._exchange.digest == message.plan:
-                    self._exchange.seal(self, told)
-            case pb.Notice() if message.kind == NOTICE:
-                self._hear_audit(*_seed_in(message.text))
-        self._act()
+                self._act()
+            case _:  # a Welcome
+                self._act()
 
     def report(
-        self,
-        message: Message | pb.Signed,
-        matters: Callable[[], bool],
-        taken: Callable[[bool, str], None] | None = None,
+        self, message: Message, matters: Callable[[], bool], taken: Callable[[bool, str], None] | None = None
     ) -> None:
         """Deliver a report, again and again while it matters; `taken` gets the answer, if it is of use."""
-        signed = message
-        if not isinstance(signed, pb.Signed):
-            payload = message.SerializeToString(deterministic=True)
-            signed = envelope(message.DESCRIPTOR.name, payload, self.name)
+        payload = message.SerializeToString(deterministic=True)
+        self.deliver(envelope(message.DESCRIPTOR.name, payload, self.name), matters, taken)
+
+    def deliver(
+        self, signed: pb.Signed, matters: Callable[[], bool], taken: Callable[[bool, str], None] | None = None
+    ) -> None:
+        """Likewise, what is in its envelope already."""
         Call(self, signed, matters, taken, self._world).make()
 
     # Versions.
 
-    def _hear_version(self, manifest: pb.VersionManifest, digest: bytes) -> None:
+    def _hear_version(self, told: Told) -> None:
+        manifest, digest = told.message, told.digest
+        assert isinstance(manifest, pb.VersionManifest)
         version = manifest.version
         if (version, digest) == self.head or version < self.head[0]:
             return
@@ -225,6 +227,13 @@ class SimulatedPeer:
         self._leave_if_free()
 
     # Work.
+
+    def _hear_lease(self, told: Told) -> None:
+        lease = told.message
+        assert isinstance(lease, pb.Lease)
+        self._lease = lease
+        if lease.ahead:
+            self._sampled_at = self._world.scheduler.now + self.rollout_seconds(lease)
 
     def _act(self) -> None:
         """Begin with the most urgent thing, as far as it is not under way."""
@@ -341,9 +350,15 @@ class SimulatedPeer:
 
     # The exchange.
 
+    def _hear_seal(self, told: Told) -> None:
+        seal = told.message
+        assert isinstance(seal, pb.Seal)
+        if self._exchange is not None and self._exchange.digest == seal.plan:
+            self._exchange.seal(self, told)
+
     def sender_report(self, exchange: "Exchange", payload: bytes) -> None:
         """As a reducer, report who is complete."""
-        self.report(envelope("SenderReport", payload, self.name), exchange.is_current)
+        self.deliver(envelope("SenderReport", payload, self.name), exchange.is_current)
 
     def serves(self, exchange: "Exchange") -> bool:
         """Whether it reduces its span, and lets others have it."""
@@ -352,11 +367,15 @@ class SimulatedPeer:
     def vote(self, exchange: "Exchange", payload: bytes, root: bytes) -> None:
         """Report the root of its step."""
         self._shadow = (exchange.digest, root)
-        self.report(envelope("StepReport", payload, self.name), exchange.is_current)
+        self.deliver(envelope("StepReport", payload, self.name), exchange.is_current)
 
-    def _hear_audit(self, seal: bytes, seed: bytes) -> None:
-        exchange = self._exchange
-        if exchange is None or exchange.seal_digest != seal:
+    def _hear_notice(self, told: Told) -> None:
+        notice, exchange = told.message, self._exchange
+        assert isinstance(notice, pb.Notice)
+        if notice.kind != NOTICE or exchange is None:
+            return
+        seal, seed = _seed_in(notice.text)
+        if exchange.seal_digest != seal:
             return
         for span, begins in exchange.audits_of(self.name, seed):
             self._world.scheduler.after(begins + 1.0, self._audit, self.life, exchange, span)

@@ -8,6 +8,7 @@ snapshot and the events since.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from itertools import islice
 from random import Random
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.apply import apply
 from hivegrpo.coordinator.decide import decide
 from hivegrpo.coordinator.pushes import Push, current_for, finished_push, push_of
+from hivegrpo.coordinator.readings import lease_of
 from hivegrpo.coordinator.reports import judge
 from hivegrpo.coordinator.simulation.network import Network
 from hivegrpo.coordinator.simulation.scheduler import Scheduler
@@ -37,13 +39,14 @@ PATIENCE_SECONDS = 6.0
 RESET_SECONDS = 1.0
 """Within which both ends notice that a stream has broken."""
 
-KINDS: dict[str, type[Message]] = {
-    "Lease": pb.Lease,
-    "RoundPlan": pb.RoundPlan,
-    "Seal": pb.Seal,
-    "VersionManifest": pb.VersionManifest,
-    "Notice": pb.Notice,
+READERS: dict[str, Callable[[bytes], Message]] = {
+    "Lease": lease_of,
+    "RoundPlan": partial(parse, pb.RoundPlan),
+    "Seal": partial(parse, pb.Seal),
+    "VersionManifest": partial(parse, pb.VersionManifest),
+    "Notice": partial(parse, pb.Notice),
 }
+"""What is pushed, by type."""
 
 Answer = Callable[[bool | None, str], None]
 """Takes whether a report was accepted, and why not; None: no answer, as the coordinator is down."""
@@ -60,6 +63,17 @@ class Told:
 
 WELCOME = Told("Welcome", pb.Welcome(), b"")
 """What is in one differs from peer to peer, and nobody in a simulation fetches anything."""
+
+
+def _told(push: Push) -> Told:
+    """What peers hear of a push."""
+    return WELCOME if push.type == WELCOME.type else _read(push.type, push.payload)
+
+
+@lru_cache(maxsize=64)
+def _read(kind: str, payload: bytes) -> Told:
+    """Read once, however many hear it."""
+    return Told(kind, READERS[kind](payload), digest_of(payload))
 
 
 @dataclass(slots=True, eq=False)
@@ -97,7 +111,7 @@ class Sequencer:
         keep_history: bool,
         timer: Callable[[], float],
     ) -> None:
-        """`on_event` is told of each event that is on disk; `timer` measures the CPU of the coordinator's own code."""
+        """`on_event` is told of each event that is on disk; `timer` measures the coordinator's own code."""
         self.run_id = run_id
         self.history: list[ev.Event] = []
         """What is on disk, if it is kept: a coordinator that crashes needs it."""
@@ -125,7 +139,6 @@ class Sequencer:
         """To be kept once its events are on disk."""
         self._alarm: float | None = None
         self._life = 0
-        self._messages: dict[bytes, Told] = {}
         self.state = State(terms)
 
     def start(self) -> None:
@@ -173,7 +186,7 @@ class Sequencer:
         began = self._timer()
         self._take(ev.PeerJoined(self._scheduler.now, peer.name, peer.addresses, "simulated"))
         pushes = current_for(self.state, peer.name, finished=self.state.phase is Phase.FINISHED)
-        self._effects.append(lambda: self._send(session, *map(self._told, pushes)))
+        self._effects.append(lambda: self._send(session, *map(_told, pushes)))
         self._take_all([])
         self.cpu_seconds += self._timer() - began
         return session
@@ -265,7 +278,7 @@ class Sequencer:
             self._scheduler.after(self.write_seconds, self._write, self._life)
         self.unwritten.append(event)
         if push is not None:
-            told = self._told(push)
+            told = _told(push)
             self._effects.append(lambda: self._deliver(push, told))
 
     def _write(self, life: int) -> None:
@@ -279,10 +292,13 @@ class Sequencer:
             self.history += events
             self.snapshot, self._next_snapshot = self._next_snapshot or self.snapshot, None
         for event in events:
-            if isinstance(event, ev.VersionCommitted):
-                self.chain.append(digest_of(event.payload))
-            if isinstance(event, ev.PeerLeft | ev.PeerBanned):
-                self._dismiss(event)
+            match event:
+                case ev.VersionCommitted(payload=payload):
+                    self.chain.append(digest_of(payload))
+                case ev.PeerLeft() | ev.PeerBanned():
+                    self._dismiss(event)
+                case _:
+                    pass
             self._on_event(event)
         for effect in effects:
             effect()
@@ -290,7 +306,7 @@ class Sequencer:
             answer(accepted, reason)
         if self.state.phase is Phase.FINISHED and any(isinstance(event, ev.VersionCommitted) for event in events):
             push = finished_push(self.state)
-            self._deliver(push, self._told(push))
+            self._deliver(push, _told(push))
 
     def _dismiss(self, event: ev.PeerLeft | ev.PeerBanned) -> None:
         session = self._sessions.pop(event.peer, None)
@@ -319,15 +335,3 @@ class Sequencer:
             return
         session.last = max(session.last, scheduler.now + self._network.delay())
         scheduler.at(session.last, peer.hear, session, told)
-
-    def _told(self, push: Push) -> Told:
-        """Parsed once, however many read it."""
-        if push.type == WELCOME.type:
-            return WELCOME
-        told = self._messages.get(push.payload)
-        if told is None:
-            while len(self._messages) >= 64:
-                del self._messages[next(iter(self._messages))]
-            told = Told(push.type, parse(KINDS[push.type], push.payload), digest_of(push.payload))
-            self._messages[push.payload] = told
-        return told
