@@ -38,8 +38,9 @@ class Call:
         if self._life != self._peer.life or not self._matters():
             return
         world = self._world
-        if world.network.carries(self._peer):
-            world.scheduler.after(world.network.delay(), self._arrive)
+        seconds = world.network.transit(self._peer)
+        if seconds is not None:
+            world.scheduler.after(seconds, self._arrive)
         else:
             world.scheduler.after(RETRY_SECONDS, self.make)
 

@@ -140,8 +140,9 @@ class SimulatedPeer:
         if life != self.life or self.session is not None:
             return
         world = self._world
-        if world.network.carries(self):
-            world.scheduler.after(world.network.delay(), self._join, life)
+        seconds = world.network.transit(self)
+        if seconds is not None:
+            world.scheduler.after(seconds, self._join, life)
         else:
             world.scheduler.after(RETRY_SECONDS, self._dial, life)
 

@@ -328,10 +328,11 @@ class Sequencer:
 
     def _send_frame(self, session: Session, told: Told) -> None:
         peer, scheduler = session.peer, self._scheduler
-        if not self._network.carries(peer):
+        seconds = self._network.transit(peer)
+        if seconds is None:
             session.broken = True
             scheduler.after(RESET_SECONDS * self._chance.random(), peer.lose_session, session)
             scheduler.after(RESET_SECONDS * self._chance.random(), self.end, session)
             return
-        session.last = max(session.last, scheduler.now + self._network.delay())
+        session.last = max(session.last, scheduler.now + seconds)
         scheduler.at(session.last, peer.hear, session, told)
