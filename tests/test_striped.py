@@ -140,8 +140,8 @@ def test_a_send_that_is_cancelled_ends_every_lane(bed: Bed) -> None:
 @on_both_networks
 @pytest.mark.parametrize(
     "hello",
-    [b"", bytes(striped.HELLO_BYTES - 1), bytes(16) + bytes((2, 2)), bytes(16) + bytes((0, MAX_LANES + 1))],
-    ids=["empty", "short", "place_beyond", "too_many"],
+    [b"", *(bytes(16) + bytes(rest) for rest in ((0,), (2, 2), (0, 1), (0, MAX_LANES + 1)))],
+    ids=["empty", "short", "place_beyond", "only_one", "too_many"],
 )
 def test_a_lane_that_does_not_say_which_it_is_is_refused_at_once(
     bed: Bed, monkeypatch: pytest.MonkeyPatch, hello: bytes
@@ -207,6 +207,65 @@ def test_lanes_that_wait_in_vain_for_the_others_end(bed: Bed, monkeypatch: pytes
 
     bed(scenario)
     assert not served
+
+
+@on_both_networks
+def test_lanes_whose_stream_never_will_be_whole_end_at_once(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(striped, "LANE_SECONDS", 3600.0)
+
+    async def scenario(server: ServingTransport, client: ServingTransport) -> None:
+        await server.serve_stream("echo", echo, lanes=True)
+        lanes = [await client.open_stream(server.peer_id, "echo" + LANE) for _ in range(2)]
+        for lane, hello in zip(lanes, hellos(3), strict=False):
+            await lane.send(hello)
+        await asyncio.sleep(0.2)
+        await lanes[0].close()
+        with pytest.raises(RemoteError, match="ended"):
+            await lanes[1].receive(MIB, 5.0)
+        await lanes[1].close()
+
+    bed(scenario)
+
+
+@on_both_networks
+def test_no_more_streams_in_lanes_are_served_at_once_than_others(bed: Bed) -> None:
+    async def scenario(server: ServingTransport, client: ServingTransport) -> None:
+        await server.serve_stream("echo", echo, max_per_peer=2, lanes=True)
+        streams = [await client.open_stream(server.peer_id, "echo", lanes=2) for _ in range(3)]
+        answers = []
+        for stream in streams:
+            try:
+                await stream.send(b"here")
+                answers.append(await stream.receive(MIB, PATIENCE))
+            except RemoteError:
+                answers.append(None)
+        assert sorted(answers, key=str) == [None, b"here", b"here"]
+        assert server.rejected == {"RemoteError": 1}
+        for stream in streams:
+            await stream.close()
+        async with asyncio.timeout(PATIENCE):
+            while server._streams:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.01)
+        async with await client.open_stream(server.peer_id, "echo", lanes=2) as again:
+            await again.send(b"again")
+            assert await again.receive(MIB, PATIENCE) == b"again"
+
+    bed(scenario)
+
+
+@on_both_networks
+def test_a_kept_stream_with_other_lanes_is_not_taken(bed: Bed) -> None:
+    async def scenario(server: ServingTransport, client: ServingTransport) -> None:
+        await server.serve_stream("echo", echo, lanes=True)
+        for lanes in (1, 3, 2, 1):
+            stream = await client.open_stream(server.peer_id, "echo", lanes=lanes)
+            assert isinstance(stream, FramedStream | StripedStream)
+            assert stream.lanes == lanes
+            await stream.send(b"one")
+            assert await stream.receive(MIB, PATIENCE) == b"one"
+            await client.give_back(stream, "echo")
+
+    bed(scenario)
 
 
 @on_both_networks

@@ -33,8 +33,9 @@ log = structlog.get_logger(__name__)
 
 PUSH = "push"
 SPAN = "span"
-LANES_AT_A_REDUCER = 256
-"""Of all pushes together: each takes a socket or two."""
+LANES_AT_A_REDUCER = 64
+"""Of all pushes together: they come at the same moment, and at a node's door there is room for 100 streams (asyncio's
+backlog); p2pd drops the others."""
 
 MAX_HEADER_BYTES = 4096
 MAX_RECEIPT_BYTES = 1024

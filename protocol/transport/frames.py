@@ -21,6 +21,9 @@ CLOSE_SECONDS = 5.0
 class FramedStream(Stream):
     """Both transports' stream. What it buffers is bounded by the reader's limit and one frame each way."""
 
+    lanes = 1
+    """Of which it consists; see `striped`."""
+
     def __init__(
         self,
         reader: asyncio.StreamReader,

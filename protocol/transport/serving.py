@@ -98,8 +98,10 @@ class ServingTransport(Transport):
         try:
             async with asyncio.timeout(timeout):
                 kept = self._take_idle(peer_id, name)
-                if kept is not None:
+                if kept is not None and kept.lanes == lanes:
                     return kept
+                if kept is not None:
+                    kept.abort()
                 return await (self._dial(peer_id, name) if lanes == 1 else self._dial_lanes(peer_id, name, lanes))
         except TimeoutError:
             raise RemoteError(f"{peer_id} did not open a stream {name!r} within {timeout:g} s") from None
@@ -122,7 +124,7 @@ class ServingTransport(Transport):
         self._stream_handlers[name] = handler, max_per_peer
         await self._listen(name)
         if lanes:
-            await self.serve_stream(name + LANE, LaneServer(handler).serve, max_per_peer * MAX_LANES)
+            await self.serve_stream(name + LANE, LaneServer(handler, max_per_peer).serve, max_per_peer * MAX_LANES)
 
     async def close(self) -> None:
         self.stop()
@@ -154,19 +156,23 @@ class ServingTransport(Transport):
 
     async def _dial_lanes(self, peer_id: str, name: str, count: int) -> StripedStream:
         """A new stream in lanes; RemoteError if one of them cannot be opened."""
-        dials = [asyncio.create_task(self._dial(peer_id, name + LANE)) for _ in range(count)]
+        opened: list[FramedStream] = []
+
+        async def dial(hello: bytes) -> FramedStream:
+            lane = await self._dial(peer_id, name + LANE)
+            opened.append(lane)
+            await lane.send(hello)
+            return lane
+
+        dials = [asyncio.create_task(dial(hello)) for hello in hellos(count)]
         try:
-            lanes = await asyncio.gather(*dials)
-            for lane, hello in zip(lanes, hellos(count), strict=True):
-                await lane.send(hello)
+            return StripedStream(await asyncio.gather(*dials))
         except BaseException:
-            for dial in dials:
-                dial.cancel()
-            for outcome in await asyncio.gather(*dials, return_exceptions=True):
-                if isinstance(outcome, FramedStream):
-                    outcome.abort()
+            for task in dials:
+                task.cancel()
+            for lane in opened:
+                lane.abort()
             raise
-        return StripedStream(lanes)
 
     def _take_idle(self, peer_id: str, name: str) -> FramedStream | StripedStream | None:
         """The stream that was given back last, if it is still alive."""

@@ -9,9 +9,11 @@ A lane's first frame is its hello: the stream's id, the lane's place, and how ma
 
 import asyncio
 import secrets
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 
-from hivegrpo.protocol.errors import FrameError
+from hivegrpo.protocol.errors import FrameError, RemoteError
 from hivegrpo.protocol.transport.base import Stream, StreamHandler
 from hivegrpo.protocol.transport.frames import FramedStream
 
@@ -23,7 +25,10 @@ LANE_BYTES = 128 << 10
 """What a lane should have to carry: a frame of chunks, or of a span. Two, with their framing, exceed the window."""
 
 LANE_SECONDS = 10.0
-"""How long a lane waits for the others."""
+"""How long a lane waits for the others, which are opened within as long."""
+
+LOOK_SECONDS = 0.5
+"""How often it looks whether it is still open itself."""
 
 ID_BYTES = 16
 HELLO_BYTES = ID_BYTES + 2
@@ -92,22 +97,29 @@ class _Arriving:
 
     def __init__(self, count: int) -> None:
         self.lanes: list[FramedStream | None] = [None] * count
+        self.whole = asyncio.Event()
         self.over = asyncio.Event()
         """Set when the stream has been served."""
-        self.whole = asyncio.Event()
+        self.broken = False
+        """Whether a lane has ended before the stream was whole: it never will be."""
 
-    def add(self, place: int, count: int, lane: FramedStream) -> None:
+    def add(self, place: int, count: int, lane: FramedStream) -> list[FramedStream]:
+        """All lanes that are here now."""
         if count != len(self.lanes) or self.lanes[place] is not None:
             raise FrameError(f"a second lane {place}, or another number of lanes than {len(self.lanes)}")
         self.lanes[place] = lane
+        return [lane for lane in self.lanes if lane is not None]
 
 
 class LaneServer:
     """Puts incoming lanes together, and has every stream that is whole served."""
 
-    def __init__(self, handler: StreamHandler) -> None:
+    def __init__(self, handler: StreamHandler, max_per_peer: int) -> None:
+        """A peer's streams above `max_per_peer` at once are refused."""
         self._handler = handler
+        self._most = max_per_peer
         self._arriving: dict[tuple[str, bytes], _Arriving] = {}
+        self._served: Counter[str] = Counter()
 
     async def serve(self, lane: Stream) -> None:
         """Serve one lane, until the stream that it belongs to has been served; the last one to come serves it."""
@@ -115,29 +127,50 @@ class LaneServer:
         name, place, count = _read_hello(await lane.receive(HELLO_BYTES, LANE_SECONDS))
         key = lane.remote, name
         arriving = self._arriving.setdefault(key, _Arriving(count))
-        arriving.add(place, count, lane)
-        lanes = [lane for lane in arriving.lanes if lane is not None]
-        if len(lanes) == count:
-            del self._arriving[key]
-            arriving.whole.set()
-            try:
-                await self._handler(StripedStream(lanes))
-            finally:
-                arriving.over.set()
+        lanes = arriving.add(place, count, lane)
+        if len(lanes) < count:
+            await self._wait(key, arriving, lane)
             return
+        del self._arriving[key]
+        arriving.whole.set()
         try:
-            async with asyncio.timeout(LANE_SECONDS):
-                await arriving.whole.wait()
-        except TimeoutError:
-            raise FrameError(f"{len(lanes)} of {count} lanes came within {LANE_SECONDS:g} s") from None
+            await self._serve(StripedStream(lanes))
         finally:
-            if not arriving.whole.is_set() and self._arriving.get(key) is arriving:
-                del self._arriving[key]
+            arriving.over.set()
+
+    async def _serve(self, stream: StripedStream) -> None:
+        if self._served[stream.remote] >= self._most:
+            raise RemoteError(f"has {self._most} streams in lanes open already")
+        self._served[stream.remote] += 1
+        try:
+            await self._handler(stream)
+        finally:
+            self._served[stream.remote] -= 1
+            if not self._served[stream.remote]:
+                del self._served[stream.remote]
+
+    async def _wait(self, key: tuple[str, bytes], arriving: _Arriving, lane: FramedStream) -> None:
+        """For the other lanes, and then until all are served. FrameError if one ends first, or does not come."""
+        clock = asyncio.get_running_loop().time
+        end = clock() + LANE_SECONDS
+        try:
+            while not arriving.whole.is_set():
+                if arriving.broken or not lane.usable or clock() >= end:
+                    here = sum(lane is not None for lane in arriving.lanes)
+                    raise FrameError(f"{here} of {len(arriving.lanes)} lanes came and stayed within {LANE_SECONDS:g} s")
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_SECONDS):
+                        await arriving.whole.wait()
+        finally:
+            if not arriving.whole.is_set():
+                arriving.broken = True
+                if self._arriving.get(key) is arriving:
+                    del self._arriving[key]
         await arriving.over.wait()
 
 
 def _read_hello(frame: bytes) -> tuple[bytes, int, int]:
     """A stream's id, the lane's place, and the number of lanes; FrameError if they make no sense."""
-    if len(frame) != HELLO_BYTES or not frame[-2] < frame[-1] <= MAX_LANES:
+    if len(frame) != HELLO_BYTES or not (frame[-2] < frame[-1] and 1 < frame[-1] <= MAX_LANES):
         raise FrameError("a lane does not say which it is")
     return frame[:ID_BYTES], frame[-2], frame[-1]
