@@ -72,15 +72,15 @@ def draw(plan: pb.RoundPlan, seed: bytes, rate: float) -> tuple[Draw, ...]:
     drawn = []
     roster = [contributor.peer for contributor in plan.contributors]
     for span, reducer in enumerate(plan.reducers):
-        lots = 0
-        while lots < MAX_AUDITS and _lot(seed, span, str(lots)) < int(rate * 2**64):
+        begin, lots = b"audit" + seed + span.to_bytes(4, "big"), 0
+        while lots < MAX_AUDITS and _lot(begin, str(lots)) < int(rate * 2**64):
             lots += 1
         if not lots:
             continue
         others = [peer for peer in roster if peer != reducer.peer]
         if others:
             most = max(1, len(others) - len(roster) // 3)
-            drawn.append(Draw(span, min(lots, most), _by_lot(others, seed, span)))
+            drawn.append(Draw(span, min(lots, most), _by_lot(others, begin)))
     return tuple(drawn)
 
 
@@ -90,16 +90,10 @@ def receipt_of(plan: bytes, seal: bytes, span: int, content: pb.Blob) -> bytes:
     return pb.SpanReceipt(plan=plan, seal=seal, span=span, content=content).SerializeToString(deterministic=True)
 
 
-def _by_lot(peers: Sequence[str], seed: bytes, span: int) -> tuple[str, ...]:
-    begin = _lot_begin(seed, span)
-    return tuple([peer for _, peer in sorted([(sha256(begin + peer.encode()).digest()[:8], peer) for peer in peers])])
+def _by_lot(peers: Sequence[str], begin: bytes) -> tuple[str, ...]:
+    return tuple([peer for _, peer in sorted([(_lot(begin, peer), peer) for peer in peers])])
 
 
-def _lot(seed: bytes, span: int, name: str) -> int:
-    """The first 64 bits of SHA-256("audit" | seed | span, 4 bytes | name)."""
-    return int.from_bytes(sha256(_lot_begin(seed, span) + name.encode()).digest()[:8], "big")
-
-
-def _lot_begin(seed: bytes, span: int) -> bytes:
-    """What the lots of a span have in common."""
-    return b"audit" + seed + span.to_bytes(4, "big")
+def _lot(begin: bytes, name: str) -> int:
+    """The first 64 bits of SHA-256(begin | name), where `begin` is "audit" | seed | span, 4 bytes."""
+    return int.from_bytes(sha256(begin + name.encode()).digest()[:8], "big")

@@ -1,5 +1,7 @@
 """Audits and bans in the coordinator's state machine, and what is drawn."""
 
+from hashlib import sha256
+
 import pytest
 from support.machine import Machine
 
@@ -227,6 +229,22 @@ def test_what_is_drawn_follows_the_rate() -> None:
     first = [item.order[0] for seal in seals for item in draw(plan, seal, 1.0) if item.span == 0]
     assert "peer 000" not in first
     assert set(first) == {f"peer {place:03d}" for place in range(1, 10)}
+
+
+def test_lots_are_drawn_as_the_protocol_says() -> None:
+    plan, rate = plan_of(10, 10), 0.25
+    for seed in (digest_of(bytes([place])) for place in range(50)):
+        expected = []
+        for span in range(10):
+            lots = {
+                name: int.from_bytes(sha256(b"audit" + seed + span.to_bytes(4, "big") + name.encode()).digest()[:8])
+                for name in ("0", "1", *(contributor.peer for contributor in plan.contributors))
+            }
+            if lots["0"] < rate * 2**64:
+                others = [peer for peer in lots if peer not in ("0", "1", plan.reducers[span].peer)]
+                needed = 2 if lots["1"] < rate * 2**64 else 1
+                expected.append((span, needed, tuple(sorted(others, key=lots.__getitem__))))
+        assert [(item.span, item.needed, item.order) for item in draw(plan, seed, rate)] == expected
 
 
 @pytest.mark.parametrize(("peers", "needed"), [(1, []), (2, [1]), (3, [1]), (4, [2]), (64, [2])])

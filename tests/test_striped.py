@@ -21,6 +21,12 @@ async def until(told: asyncio.Event) -> None:
         await told.wait()
 
 
+async def until_no_stream_is_left(server: ServingTransport) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while server._served or server._streams:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.01)
+
+
 async def echo(stream: Stream) -> None:
     while True:
         await stream.send(await stream.receive(MIB, PATIENCE))
@@ -96,9 +102,7 @@ def test_all_lanes_end_with_the_stream(bed: Bed) -> None:
             await stream.send(b"that is all")
             with pytest.raises(RemoteError, match="ended the stream"):
                 await stream.receive(MIB, PATIENCE)
-        async with asyncio.timeout(PATIENCE):
-            while server._served or server._streams:  # noqa: ASYNC110 - nobody tells
-                await asyncio.sleep(0.01)
+        await until_no_stream_is_left(server)
         assert server.rejected == {}
 
     bed(scenario)
@@ -243,9 +247,7 @@ def test_no_more_streams_in_lanes_are_served_at_once_than_others(bed: Bed) -> No
         assert server.rejected == {"RemoteError": 1}
         for stream in streams:
             await stream.close()
-        async with asyncio.timeout(PATIENCE):
-            while server._streams:  # noqa: ASYNC110 - nobody tells
-                await asyncio.sleep(0.01)
+        await until_no_stream_is_left(server)
         async with await client.open_stream(server.peer_id, "echo", lanes=2) as again:
             await again.send(b"again")
             assert await again.receive(MIB, PATIENCE) == b"again"

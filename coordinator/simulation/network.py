@@ -39,17 +39,10 @@ class Network:
 
     def transit(self, peer: Placed) -> float | None:
         """Seconds that a message takes between a peer and the coordinator; None if it does not get through."""
-        draw, loss = self._chance.random, self.loss
-        if peer.side != 0 or (loss > 0.0 and draw() < loss):
-            return None
-        return MEDIAN_SECONDS * log_logistic(draw())
+        return self.delay() if self.carries(peer) else None
 
 
 def spread(chance: Random) -> float:
     """A positive number around 1: log-logistic of shape 4."""
-    return log_logistic(chance.random())
-
-
-def log_logistic(share: float) -> float:
-    """What exceeds `share` of the numbers around 1: the distribution of shape 4."""
-    return sqrt(sqrt(share / (1.0 - share)))
+    share = chance.random()
+    return sqrt(sqrt(share / (1.0 - share))) if share > 0.0 else 0.0

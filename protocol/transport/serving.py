@@ -97,11 +97,9 @@ class ServingTransport(Transport):
     async def open_stream(self, peer_id: str, name: str, timeout: float = 10.0, lanes: int = 1) -> Stream:
         try:
             async with asyncio.timeout(timeout):
-                kept = self._take_idle(peer_id, name)
-                if kept is not None and kept.lanes == lanes:
-                    return kept
+                kept = self._take_idle(peer_id, name, lanes)
                 if kept is not None:
-                    kept.abort()
+                    return kept
                 return await (self._dial(peer_id, name) if lanes == 1 else self._dial_lanes(peer_id, name, lanes))
         except TimeoutError:
             raise RemoteError(f"{peer_id} did not open a stream {name!r} within {timeout:g} s") from None
@@ -174,13 +172,13 @@ class ServingTransport(Transport):
                 lane.abort()
             raise
 
-    def _take_idle(self, peer_id: str, name: str) -> FramedStream | StripedStream | None:
-        """The stream that was given back last, if it is still alive."""
+    def _take_idle(self, peer_id: str, name: str, lanes: int = 1) -> FramedStream | StripedStream | None:
+        """The stream that was given back last, if it is still alive, and has as many lanes."""
         idle = self._idle.get((peer_id, name), [])
         while idle:
             stream, timer = idle.pop()
             timer.cancel()
-            if stream.usable:
+            if stream.usable and stream.lanes == lanes:
                 return stream
             stream.abort()
         return None
