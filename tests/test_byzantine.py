@@ -1,10 +1,11 @@
 """Byzantine peers in a real swarm, several at once; `make bench-attacks` runs each fault by itself, at full size."""
 
+import inspect
 from pathlib import Path
 
 import pytest
 from support.byzantine import Fault
-from support.wire_attacks import CONTROL_SECONDS, MEMORY_BOUND, attack, defence_off
+from support.wire_attacks import CONTROL_SECONDS, DEFENCES, MEMORY_BOUND, attack, defence_off
 
 HONEST = 3
 
@@ -45,6 +46,16 @@ def test_the_version_is_the_rule_over_the_honest_and_the_culprits_are_named(
     assert seen.versions >= 1
     assert all(seen.named.values()), seen.named
     assert seen.memory < MEMORY_BOUND
+
+
+@pytest.mark.parametrize("fault", DEFENCES)
+def test_what_stands_in_for_a_defence_takes_what_it_is_given(fault: Fault) -> None:
+    for target, name, replacement in DEFENCES[fault]:
+        real, control = (inspect.signature(each).parameters for each in (getattr(target, name), replacement))
+        given = [
+            each for each in real if each not in control or control[each].kind is not inspect.Parameter.KEYWORD_ONLY
+        ]
+        inspect.signature(replacement).bind(*given)
 
 
 @pytest.mark.parametrize("fault", [Fault.HEAVY_WEIGHT, Fault.NAN_METRIC, Fault.WRONG_CHUNK, Fault.OTHER_RUN])

@@ -229,11 +229,11 @@ def _nothing(*_: Any, **__: Any) -> None:
     """A check that is left out."""
 
 
-def _any_values(self: Float32, data: bytes, values: int) -> torch.Tensor:
+def _any_values(self: Float32, data: bytes, values: int, count: int = 1) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.float32)
 
 
-def _norm_of_anything(self: Float32, data: bytes, values: int) -> int:
+def _norm_of_anything(self: Float32, data: bytes, values: int, count: int = 1) -> int:
     return reference.norm_squared(np.nan_to_num(np.frombuffer(data, "<f4"), nan=1.0, posinf=1.0))
 
 
