@@ -18,7 +18,13 @@ from hivegrpo.protocol.envelope import digest_of, parse
 
 def apply(state: State, event: ev.Event) -> None:
     """Take one event into the state."""
-    match event:
+    match event:  # the most frequent first
+        case ev.LeaseGranted(at=at, payload=payload):
+            _grant(state, payload, at)
+        case ev.ContributionReceived(at=at, signed=signed):
+            _contribute(state, parse(pb.Signed, signed), at)
+        case ev.StepReported(at=at, signed=signed):
+            _vote(state, parse(pb.Signed, signed), at)
         case ev.CoordinatorStarted(at=at):
             _start(state, at)
         case ev.PeerJoined():
@@ -31,12 +37,8 @@ def apply(state: State, event: ev.Event) -> None:
             _hold(state, peer, version, root)
         case ev.PeerProbed(peer=peer, reachable=reachable):
             state.members[peer].reachable = reachable
-        case ev.LeaseGranted(at=at, payload=payload):
-            _grant(state, payload, at)
         case ev.LeaseExpired(at=at, lease=lease):
             _expire(state, lease, at)
-        case ev.ContributionReceived(at=at, signed=signed):
-            _contribute(state, parse(pb.Signed, signed), at)
         case ev.ContributionRejected(peer=peer):
             _reject(state, peer)
         case ev.RolloutClosed(at=at):
@@ -48,8 +50,6 @@ def apply(state: State, event: ev.Event) -> None:
             _report_senders(state, parse(pb.Signed, signed))
         case ev.SealMade(at=at, payload=payload):
             _seal(state, payload, at)
-        case ev.StepReported(at=at, signed=signed):
-            _vote(state, parse(pb.Signed, signed), at)
         case ev.AuditReported(signed=signed):
             _audit(state, parse(pb.Signed, signed))
         case ev.PeerBanned(at=at, peer=peer):

@@ -51,17 +51,17 @@ def decide(state: State, now: float) -> Decision:
 
 
 def _of_round(state: State, now: float) -> Decision:
-    match state.phase:
-        case Phase.GENESIS:
-            return _genesis(state, now)
+    match state.phase:  # the most frequent first
         case Phase.ROLLOUT:
             return _rollout(state, now)
+        case Phase.STEP:
+            return _step(state, _current(state), now)
         case Phase.PLAN:
             return _plan(state, now)
         case Phase.EXCHANGE:
             return _exchange(state, _current(state), now)
-        case Phase.STEP:
-            return _step(state, _current(state), now)
+        case Phase.GENESIS:
+            return _genesis(state, now)
         case Phase.FINISHED:
             return Decision()
 
@@ -85,18 +85,18 @@ def _genesis(state: State, now: float) -> Decision:
 
 
 def _rollout(state: State, now: float) -> Decision:
-    expired = tuple(_expiries(state, now))
+    expired = _expiries(state, now)
     if expired:
-        return Decision(expired)
+        return Decision(tuple(expired))
     if now < state.round.resume_at:
         return Decision(wake=state.round.resume_at)
     config, current = state.terms.config, state.round
     deadline = None if current.rollout_at is None else current.rollout_at + config.timing.lease
     late = bool(current.contributions) and deadline is not None and now >= deadline
     if not late and not state.paused:
-        grants = tuple(_renewals(state, now) if current.iteration else _grants(state, now))
+        grants = _renewals(state, now) if current.iteration else _grants(state, now)
         if grants:
-            return Decision(grants)
+            return Decision(tuple(grants))
     if current.contributions and (late or not state.leases):
         unfinished = [_expiry(state, now, lease, "the round was planned without it") for lease in state.leases]
         reason = "the deadline has passed" if late else "nothing more is expected"
@@ -111,40 +111,43 @@ def _rollout(state: State, now: float) -> Decision:
     return Decision(wake=min(_rollout_timers(state, deadline, now), default=None))
 
 
-def _expiries(state: State, now: float) -> Iterator[ev.LeaseExpired]:
+def _expiries(state: State, now: float) -> list[ev.LeaseExpired]:
     timing = state.terms.config.timing
-    ended = set()
+    ended: dict[int, ev.LeaseExpired] = {}
     for lease_id, lease in state.leases.items():
         if now < lease.at + timing.lease:
             break
-        ended.add(lease_id)
-        yield _expiry(state, now, lease_id, f"no contribution within {timing.lease:.0f} s")
+        ended[lease_id] = _expiry(state, now, lease_id, f"no contribution within {timing.lease:.0f} s")
     for peer, since in state.round.absent.items():
         if now < since + timing.grace:
             break
         held = state.members[peer].lease
         if held is not None and held not in ended:
-            yield _expiry(state, now, held, "its peer left" if state.members[peer].left else "its peer was lost")
+            reason = "its peer left" if state.members[peer].left else "its peer was lost"
+            ended[held] = _expiry(state, now, held, reason)
+    return list(ended.values())
 
 
 def _expiry(state: State, now: float, lease: int, reason: str) -> ev.LeaseExpired:
     return ev.LeaseExpired(now, lease, reason, state.leases[lease].message.iteration)
 
 
-def _rollout_timers(state: State, deadline: float | None, now: float) -> Iterator[float]:
+def _rollout_timers(state: State, deadline: float | None, now: float) -> list[float]:
     timing, current = state.terms.config.timing, state.round
+    timers: list[float] = []
     if current.contributions and deadline is not None:
-        yield deadline
+        timers.append(deadline)
     for lease in state.leases.values():
-        yield lease.at + timing.lease
+        timers.append(lease.at + timing.lease)
         break
     for since in current.absent.values():
         if since + timing.grace > now:
-            yield since + timing.grace
+            timers.append(since + timing.grace)
             break
+    return timers
 
 
-def _grants(state: State, now: float) -> Iterator[ev.LeaseGranted]:
+def _grants(state: State, now: float) -> list[ev.LeaseGranted]:
     """Leases for the idle: each gets a share, by its pace among the peers that have none yet, of what is left to lease.
 
     As many peers are counted on as a plan has room for.
@@ -153,8 +156,9 @@ def _grants(state: State, now: float) -> Iterator[ev.LeaseGranted]:
     remaining = config.grpo.prompts_per_round - current.leased - current.spent
     waiting = min(len(unserved), LARGEST_ROSTER - len(current.served))
     if remaining <= 0 or not state.idle or waiting <= 0:
-        return
+        return []
     total = unserved.total * waiting // len(unserved)
+    grants: list[ev.LeaseGranted] = []
     book = state.positions.copy()
     evaluate = _to_evaluate(state)
     for lease_id, peer in enumerate(state.idle, start=state.next_lease):
@@ -163,23 +167,26 @@ def _grants(state: State, now: float) -> Iterator[ev.LeaseGranted]:
         run = book.pick(positions_for(share, config.grpo))
         book.take(run)
         wanted = min(share, len(run))
-        yield ev.LeaseGranted(now, lease_payload(state, lease_id, peer, run, wanted, evaluate=evaluate))
+        payload = lease_payload(state, lease_id, peer, run, wanted, evaluate=evaluate)
+        grants.append(ev.LeaseGranted(now, payload))
         evaluate = False
         remaining -= wanted
         waiting -= 1
         total -= pace
         if remaining <= 0 or waiting <= 0:
-            return
+            break
+    return grants
 
 
-def _renewals(state: State, now: float) -> Iterator[ev.LeaseGranted]:
+def _renewals(state: State, now: float) -> list[ev.LeaseGranted]:
     """Once, at the beginning of the round: the leases of the rollouts that it goes on with."""
     if state.round.rollout_at is not None:
-        return
-    evaluate = _to_evaluate(state)
+        return []
+    grants, evaluate = [], _to_evaluate(state)
     for held in state.round.rollouts.values():
-        yield ev.LeaseGranted(now, renewed_lease_payload(state, held.lease, evaluate=evaluate))
+        grants.append(ev.LeaseGranted(now, renewed_lease_payload(state, held.lease, evaluate=evaluate)))
         evaluate = False
+    return grants
 
 
 def _to_evaluate(state: State) -> bool:

@@ -24,6 +24,8 @@ class Push(NamedTuple):
 
 def push_of(event: ev.Event, state: State) -> Push | None:
     """What an event that has just been applied has for the peers."""
+    if type(event) not in _PUSHED:
+        return None
     match event:
         case ev.LeaseGranted(payload=payload):
             return Push((lease_of(payload).peer,), "Lease", payload)
@@ -41,6 +43,18 @@ def push_of(event: ev.Event, state: State) -> Push | None:
             return _notice("resumed", "")
         case _:
             return None
+
+
+_PUSHED = {
+    ev.LeaseGranted,
+    ev.PlanMade,
+    ev.SealMade,
+    ev.StepReported,
+    ev.VersionCommitted,
+    ev.RunPaused,
+    ev.RunResumed,
+}
+"""Events that can have something."""
 
 
 def current_for(state: State, peer: str, *, finished: bool) -> list[Push]:
@@ -111,14 +125,12 @@ def _roster(state: State) -> tuple[str, ...]:
 def _welcome(state: State, asking: str) -> bytes:
     """The head, and peers that hold it and can be dialled."""
     holding = islice(state.holding if state.head is not None else (), MAX_HOLDERS + 1)
-    members, peers = state.members, [peer for peer in holding if peer != asking][:MAX_HOLDERS]
-    holders = map(_holder, peers, [members[peer].addresses for peer in peers])
-    head = pb.Welcome(head=max(state.version, 0)).SerializeToString(deterministic=True)
-    return b"".join([head, *holders])
+    members, peers = state.members, tuple([peer for peer in holding if peer != asking][:MAX_HOLDERS])
+    return _welcome_to(max(state.version, 0), peers, tuple([members[peer].addresses for peer in peers]))
 
 
-@lru_cache(maxsize=1 << 12)
-def _holder(peer: str, addresses: tuple[str, ...]) -> bytes:
-    """A Welcome with nothing but this holder: messages of a type that follow one another are read as one."""
-    endpoint = pb.Endpoint(peer=peer, addresses=addresses)
-    return pb.Welcome(holders=[endpoint]).SerializeToString(deterministic=True)
+@lru_cache(maxsize=8)
+def _welcome_to(head: int, peers: tuple[str, ...], addresses: tuple[tuple[str, ...], ...]) -> bytes:
+    """Who joins soon after another is told the same."""
+    holders = [pb.Endpoint(peer=peer, addresses=dialled) for peer, dialled in zip(peers, addresses, strict=True)]
+    return pb.Welcome(head=head, holders=holders).SerializeToString(deterministic=True)

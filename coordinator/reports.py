@@ -15,9 +15,8 @@ from hivegrpo.coordinator.round import Attempt
 from hivegrpo.coordinator.state import Phase, State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.checks import check_contribution, check_digest, check_metrics
-from hivegrpo.protocol.envelope import Verify, digest_of, open_signed, parse, verified_payload
+from hivegrpo.protocol.envelope import Verify, digest_of, open_signed, parse, verified_payload, verify_envelope
 from hivegrpo.protocol.errors import FrameError
-from hivegrpo.protocol.identity import verify as verify_signature
 
 MAX_REASON = 200
 
@@ -39,7 +38,7 @@ class Verdict(NamedTuple):
 
 
 def judge(
-    state: State, signed: pb.Signed, peer: str, run_id: str, now: float, verify: Verify = verify_signature
+    state: State, signed: pb.Signed, peer: str, run_id: str, now: float, verify: Verify = verify_envelope
 ) -> Verdict:
     """Judge a report that `peer` sent. WireError if it is not properly signed by that peer, or malformed."""
     kind = signed.type

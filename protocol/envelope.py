@@ -21,8 +21,8 @@ DIGEST_BYTES = 32
 
 M = TypeVar("M", bound=Message)
 
-Verify = Callable[[str, bytes, bytes], None]
-"""(peer id, signature, signed bytes) -> nothing; SignatureError if it is not that peer's signature."""
+Verify = Callable[[pb.Signed, str], None]
+"""(envelope, run id) -> nothing; SignatureError if its signer did not sign it for that run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +57,13 @@ def sign(identity: Identity, run_id: str, message: Message) -> pb.Signed:
     return sign_payload(identity, run_id, message.DESCRIPTOR.name, message.SerializeToString(deterministic=True))
 
 
+def verify_envelope(signed: pb.Signed, run_id: str) -> None:
+    """SignatureError unless the signer that an envelope names has signed it, as its type, for that run."""
+    verify(signed.signer, signed.signature, _signing_bytes(signed.type, run_id, signed.payload))
+
+
 def open_signed(
-    envelope: pb.Signed | bytes, run_id: str, kind: type[M], signer: str | None = None, verify: Verify = verify
+    envelope: pb.Signed | bytes, run_id: str, kind: type[M], signer: str | None = None, verify: Verify = verify_envelope
 ) -> Opened[M]:
     """Verify and parse. A simulation, whose peers have no keys, brings its own `verify`.
 
@@ -71,16 +76,15 @@ def open_signed(
 
 
 def verified_payload(
-    signed: pb.Signed, run_id: str, type_name: str, signer: str | None = None, verify: Verify = verify
+    signed: pb.Signed, run_id: str, type_name: str, signer: str | None = None, verify: Verify = verify_envelope
 ) -> bytes:
     """The payload of an envelope, not parsed yet; SignatureError as for `open_signed`."""
-    payload, by = signed.payload, signed.signer
     if signed.type != type_name:
         raise SignatureError(f"expected a signed {type_name}, got {signed.type[:40]!r}")
-    if signer is not None and by != signer:
-        raise SignatureError(f"{type_name} is signed by {by[:60]!r}, not by {signer}")
-    verify(by, signed.signature, _signing_bytes(type_name, run_id, payload))
-    return payload
+    if signer is not None and signed.signer != signer:
+        raise SignatureError(f"{type_name} is signed by {signed.signer[:60]!r}, not by {signer}")
+    verify(signed, run_id)
+    return signed.payload
 
 
 def open_run(envelope: pb.Signed, coordinator: str) -> Opened[pb.RunManifest]:

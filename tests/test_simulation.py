@@ -387,7 +387,7 @@ def test_a_run_toml_gives_the_settings(tmp_path: Path, capsys: pytest.CaptureFix
 def test_events_that_nobody_checks_are_in_the_digest() -> None:
     world = World(setting_of(faults="none", rounds=2))
     before = world.run().digest
-    world._note(ev.PeerProbed(0.0, "somebody", True))
+    world._note([ev.PeerProbed(0.0, "somebody", True)])
     assert world._outcome().digest != before
 
 

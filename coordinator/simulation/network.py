@@ -38,8 +38,14 @@ class Network:
         return peer.side == 0 and not self.loses()
 
     def transit(self, peer: Placed) -> float | None:
-        """Seconds that a message takes between a peer and the coordinator; None if it does not get through."""
-        return self.delay() if self.carries(peer) else None
+        """Seconds that a message takes between a peer and the coordinator; None if it does not get through.
+
+        As by `carries` and `delay`, in one call: a swarm sends a dozen messages a peer and round.
+        """
+        chance, loss = self._chance, self.loss
+        if peer.side != 0 or (loss > 0.0 and chance.random() < loss):
+            return None
+        return MEDIAN_SECONDS * spread(chance)
 
 
 def spread(chance: Random) -> float:

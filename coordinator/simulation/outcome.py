@@ -94,15 +94,12 @@ class Tally:
         """Take events of the coordinator's."""
         self.events.update([type(event).__name__ for event in events])
         for event in events:
-            match event:
-                case ev.LeaseExpired(reason=reason):
-                    self.expired[_kind(reason)] += 1
-                case ev.ContributionRejected(reason=reason):
-                    self.rejected[_kind(reason)] += 1
-                case ev.AttemptFailed(reason=reason):
-                    self.failed[_kind(reason)] += 1
-                case _:
-                    pass
+            if isinstance(event, ev.LeaseExpired):
+                self.expired[_kind(event.reason)] += 1
+            elif isinstance(event, ev.ContributionRejected):
+                self.rejected[_kind(event.reason)] += 1
+            elif isinstance(event, ev.AttemptFailed):
+                self.failed[_kind(event.reason)] += 1
 
     def outcome(
         self,

@@ -187,7 +187,7 @@ class SimulatedPeer:
     ) -> None:
         """Deliver a report, again and again while it matters; `taken` gets the answer, if it is of use."""
         payload = message.SerializeToString(deterministic=True)
-        self.deliver(envelope(message.DESCRIPTOR.name, payload, self.name), matters, taken)
+        self.deliver(envelope(type(message).__name__, payload, self.name), matters, taken)
 
     def deliver(
         self, signed: pb.Signed, matters: Callable[[], bool], taken: Callable[[bool, str], None] | None = None

@@ -40,13 +40,12 @@ RESET_SECONDS = 1.0
 """Within which both ends notice that a stream has broken."""
 
 READERS: dict[str, Callable[[bytes], Message]] = {
-    "Lease": lease_of,
     "RoundPlan": partial(parse, pb.RoundPlan),
     "Seal": partial(parse, pb.Seal),
     "VersionManifest": partial(parse, pb.VersionManifest),
     "Notice": partial(parse, pb.Notice),
 }
-"""What is pushed, by type."""
+"""What is pushed to many, by type."""
 
 Answer = Callable[[bool | None, str], None]
 """Takes whether a report was accepted, and why not; None: no answer, as the coordinator is down."""
@@ -67,7 +66,11 @@ WELCOME = Told("Welcome", pb.Welcome(), b"")
 
 def _told(push: Push) -> Told:
     """What peers hear of a push."""
-    return WELCOME if push.type == WELCOME.type else _read(push.type, push.payload)
+    if push.type == WELCOME.type:
+        return WELCOME
+    if push.type == "Lease":  # for one peer, and nothing refers to it by its digest
+        return Told(push.type, lease_of(push.payload), b"")
+    return _read(push.type, push.payload)
 
 
 @lru_cache(maxsize=64)
@@ -107,11 +110,11 @@ class Sequencer:
         scheduler: Scheduler,
         network: Network,
         chance: Random,
-        on_event: Callable[[ev.Event], None],
+        on_written: Callable[[Sequence[ev.Event]], None],
         keep_history: bool,
         timer: Callable[[], float],
     ) -> None:
-        """`on_event` is told of each event that is on disk; `timer` measures the coordinator's own code."""
+        """`on_written` is told of the events that are on disk; `timer` measures the coordinator's own code."""
         self.run_id = run_id
         self.history: list[ev.Event] = []
         """What is on disk, if it is kept: a coordinator that crashes needs it."""
@@ -129,7 +132,7 @@ class Sequencer:
         self._scheduler = scheduler
         self._network = network
         self._chance = chance
-        self._on_event = on_event
+        self._on_written = on_written
         self._keep_history = keep_history
         self._timer = timer
         self._sessions: dict[str, Session] = {}
@@ -291,20 +294,19 @@ class Sequencer:
         if self._keep_history:
             self.history += events
             self.snapshot, self._next_snapshot = self._next_snapshot or self.snapshot, None
+        committed = False
         for event in events:
-            match event:
-                case ev.VersionCommitted(payload=payload):
-                    self.chain.append(digest_of(payload))
-                case ev.PeerLeft() | ev.PeerBanned():
-                    self._dismiss(event)
-                case _:
-                    pass
-            self._on_event(event)
+            if isinstance(event, ev.PeerLeft | ev.PeerBanned):
+                self._dismiss(event)
+            elif isinstance(event, ev.VersionCommitted):
+                self.chain.append(digest_of(event.payload))
+                committed = True
+        self._on_written(events)
         for effect in effects:
             effect()
         for answer, accepted, reason in answers:
             answer(accepted, reason)
-        if self.state.phase is Phase.FINISHED and any(isinstance(event, ev.VersionCommitted) for event in events):
+        if committed and self.state.phase is Phase.FINISHED:
             push = finished_push(self.state)
             self._deliver(push, _told(push))
 

@@ -1,9 +1,11 @@
 """One simulated run: the coordinator, its peers, what goes wrong, and when it ends."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from hashlib import sha256
 from operator import attrgetter
 from random import Random
+from struct import pack
 from typing import Any, Protocol, get_args
 
 from hivegrpo.coordinator import events as ev
@@ -100,11 +102,11 @@ class World:
             scheduler=self.scheduler,
             network=self.network,
             chance=self.chance,
-            on_event=self._note,
+            on_written=self._note,
             keep_history=setting.faults.coordinator > 0.0,
             timer=timer,
         )
-        self._found: list[Violation] = list(self._checker.take({"kind": "run", "run_id": terms.run_digest.hex()}))
+        self._found = self._checker.take({"kind": "run", "run_id": terms.run_digest.hex()})
 
     def run(self) -> Outcome:
         """To the last round, or until something is wrong."""
@@ -167,14 +169,15 @@ class World:
 
     # What happens, and what goes wrong.
 
-    def _note(self, event: ev.Event) -> None:
-        """An event of the coordinator's is on disk."""
-        self._news.append(event)
-        if isinstance(event, ev.PlanMade):
-            self.newest_plan = digest_of(event.payload)
-        if isinstance(event, ev.VersionCommitted):
-            self.tally.commit(event.at)
-            self._committed(parse(pb.VersionManifest, event.payload))
+    def _note(self, events: Sequence[ev.Event]) -> None:
+        """Events of the coordinator's are on disk."""
+        self._news += events
+        for event in events:
+            if isinstance(event, ev.PlanMade):
+                self.newest_plan = digest_of(event.payload)
+            elif isinstance(event, ev.VersionCommitted):
+                self.tally.commit(event.at)
+                self._committed(parse(pb.VersionManifest, event.payload))
 
     def _judge(self) -> None:
         """Take in what has happened since this was done last: many events at once, as nothing follows from it but the
@@ -295,26 +298,31 @@ class World:
 def _absorb(digest: Digest, events: Iterable[ev.Event]) -> None:
     """Take events into a digest, whole: the repr of all that is in one, but for the bytes, which follow as they are.
 
-    In the repr their lengths stand for them: to spell them out would take a seventh of a simulation's time.
+    In the repr their lengths stand for them, and the event's time follows as eight bytes, too: to spell them out would
+    take a seventh of a simulation's time.
     """
     told = []
     for event in events:
         kind = type(event)
-        fields = _FIELDS[kind](event)
-        whole = [len(field) if type(field) is bytes else field for field in fields]
-        told.append(f"{kind.__name__} {whole!r}\n".encode())
-        told += [field for field in fields if type(field) is bytes]
+        read, places = _FIELDS[kind]
+        at, *whole = read(event)
+        data = [whole[place] for place in places]
+        for place in places:
+            whole[place] = len(whole[place])
+        told += [f"{kind.__name__} {whole!r}\n".encode(), pack("<d", at), *data]
     digest.update(b"".join(told))
 
 
-def _reader(slots: tuple[str, ...]) -> Callable[[ev.Event], tuple[Any, ...]]:
-    """Takes an event's fields: attrgetter gives no tuple of one."""
-    if len(slots) == 1:
-        return lambda event: (getattr(event, slots[0]),)
-    return attrgetter(*slots)
+Reader = Callable[[ev.Event], Iterable[Any]]
 
 
-_FIELDS: dict[type, Callable[[ev.Event], tuple[Any, ...]]] = {
-    kind: _reader(tuple(kind.__slots__)) for kind in get_args(ev.Event)
-}
-"""All fields of an event, by its kind."""
+def _fields(kind: type[ev.Event]) -> tuple[Reader, list[int]]:
+    """What takes all fields of an event of this kind, first its time, and which of the others are bytes."""
+    at, *others = fields(kind)
+    # attrgetter gives no tuple of one
+    read: Reader = attrgetter(at.name, *[other.name for other in others]) if others else lambda event: (event.at,)
+    return read, [place for place, other in enumerate(others) if other.type is bytes]
+
+
+_FIELDS = {kind: _fields(kind) for kind in get_args(ev.Event)}
+"""By the kind of an event."""
