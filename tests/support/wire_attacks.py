@@ -243,11 +243,11 @@ async def _any_frame(stream: Any, size: int, timeout: float | None = None) -> by
 
 async def _whatever_comes(self: reducer.SpanReducer, stream: Any, header: Any) -> None:
     """Buffers until what was announced is there."""
-    data, chunks = b"", list[bytes]()
+    data, chunks = bytearray(), list[bytes]()
     ends = list(accumulate(self.layout.sizes))
     while len(data) != ends[-1] or reference.chunks_root(chunks) != header.message.content:
         data += await stream.receive(2 << 20, timeout=10.0)
-        chunks = [data[start:end] for start, end in pairwise([0, *ends])]
+        chunks = [bytes(data[start:end]) for start, end in pairwise([0, *ends])]
     await self.take(header.signer, chunks, header.message)
 
 
