@@ -4,7 +4,6 @@ The answer also says when to ask again if nothing else happens, so that nobody h
 """
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.ahead import due_ahead, expire_all, next_ahead
@@ -28,9 +27,11 @@ from hivegrpo.coordinator.round import EXTRA_SECONDS, LAST_VOTES_SECONDS, Attemp
 from hivegrpo.coordinator.speeds import share_of
 from hivegrpo.coordinator.standing import deniers, withholders
 from hivegrpo.coordinator.state import Phase, State
+from hivegrpo.protocol.values import value
 
 
-class Decision(NamedTuple):
+@value
+class Decision:
     """Events that are due, or none and the time when the next one could be."""
 
     events: tuple[ev.Event, ...] = ()

@@ -4,10 +4,11 @@ What the coordinator signs is kept as payload bytes: Ed25519 is deterministic, s
 it is sent. What peers reported is kept as the signed envelope's bytes: it is evidence.
 """
 
-from dataclasses import dataclass
 from typing import Any, get_args
 
 from pydantic import ConfigDict, TypeAdapter
+
+from hivegrpo.protocol.values import value
 
 
 class _Stored:
@@ -17,14 +18,14 @@ class _Stored:
     __pydantic_config__ = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", extra="forbid")
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class CoordinatorStarted(_Stored):
     """Nobody is connected, and what was timed is timed anew."""
 
     at: float
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class PeerJoined(_Stored):
     """A peer was admitted, for the first time or again."""
 
@@ -34,7 +35,7 @@ class PeerJoined(_Stored):
     agent: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class PeerDisconnected(_Stored):
     """Its session ended; it keeps its place for the grace."""
 
@@ -42,7 +43,7 @@ class PeerDisconnected(_Stored):
     peer: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class PeerLeft(_Stored):
     """It said goodbye; its place is free at once."""
 
@@ -51,7 +52,7 @@ class PeerLeft(_Stored):
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class PeerReady(_Stored):
     """A peer says that it holds this version."""
 
@@ -61,7 +62,7 @@ class PeerReady(_Stored):
     state_root: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class PeerProbed(_Stored):
     """Whether a stranger can dial this peer: told when it is first known, and when it changes."""
 
@@ -70,7 +71,7 @@ class PeerProbed(_Stored):
     reachable: bool
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class LeaseGranted(_Stored):
     """`payload` is a Lease."""
 
@@ -78,7 +79,7 @@ class LeaseGranted(_Stored):
     payload: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class LeaseExpired(_Stored):
     """Without a contribution: its positions go back, unless an earlier iteration has used them."""
 
@@ -88,7 +89,7 @@ class LeaseExpired(_Stored):
     iteration: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ContributionReceived(_Stored):
     """`signed` is an envelope of a Contribution that passed all checks."""
 
@@ -96,7 +97,7 @@ class ContributionReceived(_Stored):
     signed: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ContributionRejected(_Stored):
     """A contribution that was received will not count; the positions it used go back, if it is of iteration 0."""
 
@@ -107,7 +108,7 @@ class ContributionRejected(_Stored):
     iteration: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class RolloutClosed(_Stored):
     """The round takes no more contributions and is planned."""
 
@@ -116,7 +117,7 @@ class RolloutClosed(_Stored):
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class PlanMade(_Stored):
     """`payload` is a RoundPlan."""
 
@@ -124,7 +125,7 @@ class PlanMade(_Stored):
     payload: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class SendersReported(_Stored):
     """`signed` is an envelope of a SenderReport of the current plan."""
 
@@ -132,7 +133,7 @@ class SendersReported(_Stored):
     signed: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class SealMade(_Stored):
     """`payload` is a Seal."""
 
@@ -140,7 +141,7 @@ class SealMade(_Stored):
     payload: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class StepReported(_Stored):
     """`signed` is an envelope of a StepReport: a vote of the current attempt, or a late one of the last version."""
 
@@ -148,7 +149,7 @@ class StepReported(_Stored):
     signed: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class AuditReported(_Stored):
     """`signed` is an envelope of an AuditReport: of the current attempt, or a late one of the last version."""
 
@@ -156,7 +157,7 @@ class AuditReported(_Stored):
     signed: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class PeerBanned(_Stored):
     """By a proof of its fault, which is a blob of this root and size, for good; or by the operator, without one."""
 
@@ -169,7 +170,7 @@ class PeerBanned(_Stored):
     """When an operator's ban ends by itself; None: never."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class BanLifted(_Stored):
     """An operator's ban has ended, by its time or by the operator."""
 
@@ -178,7 +179,7 @@ class BanLifted(_Stored):
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class InviteIssued(_Stored):
     """A token was made; it is named by its id, in hex, and is itself nowhere."""
 
@@ -189,7 +190,7 @@ class InviteIssued(_Stored):
     note: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class InviteUsed(_Stored):
     """A peer that was no member came with a genuine token; it joins by the next event."""
 
@@ -200,7 +201,7 @@ class InviteUsed(_Stored):
     uses: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class InviteRevoked(_Stored):
     """Nobody joins with this token any more; who did stays."""
 
@@ -208,7 +209,7 @@ class InviteRevoked(_Stored):
     invite: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class RunPaused(_Stored):
     """No lease is granted until the run is resumed."""
 
@@ -216,14 +217,14 @@ class RunPaused(_Stored):
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class RunResumed(_Stored):
     """Leases are granted again."""
 
     at: float
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ReferencePromoted(_Stored):
     """From `version` on, which is still to be made, the KL reference is version `reference`; None: `version` itself."""
 
@@ -232,7 +233,7 @@ class ReferencePromoted(_Stored):
     reference: int | None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class AttemptFailed(_Stored):
     """The next attempt is planned from the same contributions.
 
@@ -247,7 +248,7 @@ class AttemptFailed(_Stored):
     disputed: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class RoundAbandoned(_Stored):
     """It has no contribution left; it begins again at the same version, with a rollout."""
 
@@ -256,7 +257,7 @@ class RoundAbandoned(_Stored):
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class RoundEmpty(_Stored):
     """No contribution had anything to learn from; the rollout begins again at the same version."""
 
@@ -265,7 +266,7 @@ class RoundEmpty(_Stored):
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class VersionCommitted(_Stored):
     """`payload` is a VersionManifest."""
 

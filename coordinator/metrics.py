@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
-from typing import NamedTuple
 
 from hivegrpo.coordinator.round import EVALUATION_PREFIX, Held
 from hivegrpo.protocol.checks import MAX_METRICS
 from hivegrpo.protocol.config import GrpoSection
+from hivegrpo.protocol.values import value
 
 TOKEN_METRICS = ("entropy", "kl", "cispo_clip_ratio")
 TOKEN_PREFIXES = ("clip_ratio/", "sampling/")
@@ -33,7 +33,8 @@ class Aggregation(StrEnum):
     BY_WEIGHT = "mean by the contributions' weights"
 
 
-class Counts(NamedTuple):
+@value
+class Counts:
     """What a contribution counts in means."""
 
     completions: float

@@ -2,19 +2,20 @@
 
 from functools import lru_cache
 from itertools import islice
-from typing import NamedTuple
 
 from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.readings import lease_of
 from hivegrpo.coordinator.state import Phase, State
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.audits import seed_notice
+from hivegrpo.protocol.values import value
 
 MAX_HOLDERS = 32
 """Holders of states that a peer is told of when it joins."""
 
 
-class Push(NamedTuple):
+@value
+class Push:
     """A message for those of `peers` (None: for all) that follow."""
 
     peers: tuple[str, ...] | None

@@ -6,7 +6,6 @@ banned (the peer, for good or until a time that the text says).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.bans import ban_words
@@ -17,11 +16,13 @@ from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.checks import check_contribution, check_digest, check_metrics
 from hivegrpo.protocol.envelope import Verify, digest_of, open_signed, parse, verified_payload, verify_envelope
 from hivegrpo.protocol.errors import FrameError
+from hivegrpo.protocol.values import value
 
 MAX_REASON = 200
 
 
-class Sent(NamedTuple):
+@value
+class Sent:
     """A report whose signature has been verified."""
 
     peer: str
@@ -29,7 +30,8 @@ class Sent(NamedTuple):
     signed: pb.Signed
 
 
-class Verdict(NamedTuple):
+@value
+class Verdict:
     """The answer to a report, and what happened by it."""
 
     accepted: bool

@@ -8,6 +8,7 @@ from hivegrpo.coordinator.speeds import Pacing
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.audits import TURNS, Draw
 from hivegrpo.protocol.config import RunConfig
+from hivegrpo.protocol.values import value
 
 EXTRA_SECONDS = 2.0
 """Beyond a plan's own durations, for messages that are under way."""
@@ -67,7 +68,7 @@ class Ahead:
     """Whether one of them has the held-out measurement."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Held:
     """A contribution that was received, with the lease that it answers."""
 

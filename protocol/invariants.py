@@ -18,10 +18,10 @@ first one, 0.
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from hivegrpo.protocol.history import Record
 from hivegrpo.protocol.scalars import fp32_bits
+from hivegrpo.protocol.values import value
 
 Recompute = Callable[[Record, Record, int], bytes | None]
 """(plan, seal, index of a span) -> the span's root, made anew from the sealed chunks; None if these are gone."""
@@ -84,14 +84,16 @@ def _positions(lease: Record) -> range:
     return range(lease["start"], lease["start"] + lease["count"])
 
 
-class _Lease(NamedTuple):
+@value
+class _Lease:
     """What later records are compared with."""
 
     peer: str
     positions: range
 
 
-class _Contribution(NamedTuple):
+@value
+class _Contribution:
     """Likewise."""
 
     version: int
@@ -100,7 +102,8 @@ class _Contribution(NamedTuple):
     root: str
 
 
-class _Version(NamedTuple):
+@value
+class _Version:
     """Likewise."""
 
     digest: str

@@ -65,6 +65,10 @@ class Outcome:
         ]
 
 
+REASONED = {ev.LeaseExpired, ev.ContributionRejected, ev.AttemptFailed}
+"""Events that are counted by their reasons, too."""
+
+
 @dataclass(slots=True)
 class Tally:
     """Counts while a simulation runs."""
@@ -94,6 +98,8 @@ class Tally:
         """Take events of the coordinator's."""
         self.events.update([type(event).__name__ for event in events])
         for event in events:
+            if type(event) not in REASONED:
+                continue
             if isinstance(event, ev.LeaseExpired):
                 self.expired[_kind(event.reason)] += 1
             elif isinstance(event, ev.ContributionRejected):

@@ -321,10 +321,11 @@ class SimulatedPeer:
         if lease.iteration:
             used, dropped, returned = self._used.get(lease.id, []), list[int](), range(0)
         else:
-            wanted = 0 if world.chance.random() < NOTHING_LEARNT else lease.wanted
+            chance = world.chance
+            wanted = 0 if chance.random() < NOTHING_LEARNT else lease.wanted
             used, dropped, tried = [], [], 0
             while tried < count and len(used) < wanted:
-                (dropped if world.chance.random() < UNUSABLE else used).append(tried)
+                (dropped if chance.random() < UNUSABLE else used).append(tried)
                 tried += 1
             returned = range(tried, count)
             self._used = {lease.id: used}

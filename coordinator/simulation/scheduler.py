@@ -21,7 +21,8 @@ class Scheduler:
 
     def at(self, when: float, action: Callable[..., None], *args: Any) -> None:
         """Call `action(*args)` at a time, or now if it has passed."""
-        heappush(self._queue, (max(when, self.now), next(self._order), action, args))
+        due = when if when > self.now else self.now
+        heappush(self._queue, (due, next(self._order), action, args))
 
     def run(self, steps: int) -> bool:
         """Let the next so many things happen; False if there are not as many left."""

@@ -29,6 +29,7 @@ from hivegrpo.coordinator.state import Phase, State, Terms
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.envelope import digest_of, parse
 from hivegrpo.protocol.errors import WireError
+from hivegrpo.protocol.values import value
 
 if TYPE_CHECKING:
     from hivegrpo.coordinator.simulation.peer import SimulatedPeer
@@ -47,11 +48,14 @@ READERS: dict[str, Callable[[bytes], Message]] = {
 }
 """What is pushed to many, by type."""
 
+TURNS = {ev.VersionCommitted, ev.PeerLeft, ev.PeerBanned}
+"""Events after which the chain is longer, or a session over."""
+
 Answer = Callable[[bool | None, str], None]
 """Takes whether a report was accepted, and why not; None: no answer, as the coordinator is down."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Told:
     """A push as peers read it: everybody the same object, so nobody changes it."""
 
@@ -296,11 +300,13 @@ class Sequencer:
             self.snapshot, self._next_snapshot = self._next_snapshot or self.snapshot, None
         committed = False
         for event in events:
-            if isinstance(event, ev.PeerLeft | ev.PeerBanned):
-                self._dismiss(event)
-            elif isinstance(event, ev.VersionCommitted):
+            if type(event) not in TURNS:
+                continue
+            if isinstance(event, ev.VersionCommitted):
                 self.chain.append(digest_of(event.payload))
                 committed = True
+            elif isinstance(event, ev.PeerLeft | ev.PeerBanned):
+                self._dismiss(event)
         self._on_written(events)
         for effect in effects:
             effect()
@@ -336,5 +342,8 @@ class Sequencer:
             scheduler.after(RESET_SECONDS * self._chance.random(), peer.lose_session, session)
             scheduler.after(RESET_SECONDS * self._chance.random(), self.end, session)
             return
-        session.last = max(session.last, scheduler.now + seconds)
-        scheduler.at(session.last, peer.hear, session, told)
+        when = scheduler.now + seconds
+        if when < session.last:
+            when = session.last
+        session.last = when
+        scheduler.at(when, peer.hear, session, told)

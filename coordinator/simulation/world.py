@@ -35,6 +35,9 @@ STEPS = 64
 STALLED = 20
 """A simulation is given up after as many times the longest wait without a commit."""
 
+NOTED = {ev.PlanMade, ev.VersionCommitted}
+"""Events from which something follows in the world at once."""
+
 CHECKED = {
     ev.LeaseGranted,
     ev.LeaseExpired,
@@ -173,6 +176,8 @@ class World:
         """Events of the coordinator's are on disk."""
         self._news += events
         for event in events:
+            if type(event) not in NOTED:
+                continue
             if isinstance(event, ev.PlanMade):
                 self.newest_plan = digest_of(event.payload)
             elif isinstance(event, ev.VersionCommitted):
