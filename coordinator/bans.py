@@ -12,9 +12,15 @@ from hivegrpo.coordinator.state import Ban, Phase, State
 
 def due_of_bans(state: State, now: float) -> tuple[ev.Event, ...]:
     """What bans lead to now."""
-    if not state.banned:
+    banned, current = state.banned.keys(), state.round
+    if not banned:
         return ()
-    return tuple(_ends_of_banned(state, now)) or tuple(_ended_bans(state, now))
+    working = not (banned.isdisjoint(current.served.keys()) and banned.isdisjoint(state.ahead.holders.keys()))
+    if working or (current.attempt is not None and not current.attempt.roster.isdisjoint(banned)):
+        due = tuple(_ends_of_banned(state, now))
+        if due:
+            return due
+    return tuple(_ended_bans(state, now)) if state.bans_that_end else ()
 
 
 def _ends_of_banned(state: State, now: float) -> Iterator[ev.Event]:

@@ -132,6 +132,12 @@ def _welcome(state: State, asking: str) -> bytes:
 
 @lru_cache(maxsize=8)
 def _welcome_to(head: int, peers: tuple[str, ...], addresses: tuple[tuple[str, ...], ...]) -> bytes:
-    """Who joins soon after another is told the same."""
-    holders = [pb.Endpoint(peer=peer, addresses=dialled) for peer, dialled in zip(peers, addresses, strict=True)]
-    return pb.Welcome(head=head, holders=holders).SerializeToString(deterministic=True)
+    """Made once for all that join while these are the first holders."""
+    return b"".join([pb.Welcome(head=head).SerializeToString(deterministic=True), *map(_holder, peers, addresses)])
+
+
+@lru_cache(maxsize=1 << 12)
+def _holder(peer: str, addresses: tuple[str, ...]) -> bytes:
+    """A Welcome with nothing but this holder: messages of a type that follow one another are read as one."""
+    endpoint = pb.Endpoint(peer=peer, addresses=addresses)
+    return pb.Welcome(holders=[endpoint]).SerializeToString(deterministic=True)
