@@ -6,6 +6,7 @@ ratios of the rates matter.
 """
 
 from collections.abc import Sequence
+from heapq import heapify, heappop, heapreplace
 from itertools import accumulate
 
 from hivegrpo.protocol.chunks import split_evenly
@@ -37,17 +38,25 @@ def shares(chunks: int, rates: Sequence[float | None], peers: int) -> list[int]:
         """The most that each can take within a time."""
         return [min(most, int(limit * speed)) for speed in speeds]
 
+    found = [0] * len(rates)
     early, late = 0.0, max(most / speed for speed in speeds)
     for _ in range(_HALVINGS):
+        if chunks - sum(found) <= len(rates):
+            break
         middle = (early + late) / 2
-        found = below(middle)
-        if (taken := sum(found)) == chunks:
-            return found  # as of any later time that leaves no more of them
-        early, late = (middle, late) if taken < chunks else (early, middle)
-    found = below(early)
-    while sum(found) < chunks:  # few: those that would end at the same time, and what was rounded off
-        room = (candidate for candidate in range(len(rates)) if found[candidate] < most)
-        found[min(room, key=lambda candidate: ((found[candidate] + 1) / speeds[candidate], candidate))] += 1
+        if sum(tried := below(middle)) <= chunks:
+            early, found = middle, tried
+        else:
+            late = middle
+    ends = [((found[each] + 1) / speed, each) for each, speed in enumerate(speeds) if found[each] < most]
+    heapify(ends)
+    for _ in range(chunks - sum(found)):  # few: each goes to who is through with it first
+        each = ends[0][1]
+        found[each] += 1
+        if found[each] < most:
+            heapreplace(ends, ((found[each] + 1) / speeds[each], each))
+        else:
+            heappop(ends)
     return found
 
 
