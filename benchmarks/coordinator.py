@@ -128,7 +128,7 @@ async def measure_machine(folder: Path, peers: int, seconds: float) -> tuple[flo
     beat = pb.Heartbeat(version=0, state="online", metrics={"tokens_per_second": 5.0})
     beats = [(sign(peer, run_id, beat).SerializeToString(), peer.peer_id) for peer in joined]
     verified = await _rate(report, beats, seconds)
-    with patch.object(reports, "open_signed", partial(open_signed, verify=lambda peer_id, signature, data: None)):
+    with patch.object(reports, "open_signed", partial(open_signed, verify=lambda signed, run_id: None)):
         unverified = await _rate(report, beats, seconds)
     stop.set()
     await serving

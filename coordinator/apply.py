@@ -18,7 +18,7 @@ from hivegrpo.protocol.envelope import digest_of, parse
 
 def apply(state: State, event: ev.Event) -> None:
     """Take one event into the state."""
-    match event:  # the most frequent first
+    match event:  # cases are tried in order: the most frequent first
         case ev.LeaseGranted(at=at, payload=payload):
             _grant(state, payload, at)
         case ev.ContributionReceived(at=at, signed=signed):

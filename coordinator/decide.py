@@ -52,7 +52,7 @@ def decide(state: State, now: float) -> Decision:
 
 
 def _of_round(state: State, now: float) -> Decision:
-    match state.phase:  # the most frequent first
+    match state.phase:  # cases are tried in order: the most frequent first
         case Phase.ROLLOUT:
             return _rollout(state, now)
         case Phase.STEP:

@@ -24,7 +24,7 @@ def record_of(event: ev.Event) -> Record:
 
 
 def _describe(event: ev.Event) -> tuple[str, Record]:
-    match event:  # the most frequent first
+    match event:  # cases are tried in order: the most frequent first
         case ev.LeaseGranted(payload=payload):
             return "lease", _lease(parse(pb.Lease, payload))
         case ev.ContributionReceived(signed=signed):

@@ -1,7 +1,9 @@
 """What peers are told: the payloads to be signed that follow from an event, or from the state when a peer joins."""
 
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import islice
+from typing import Any
 
 from hivegrpo.coordinator import events as ev
 from hivegrpo.coordinator.readings import lease_of
@@ -25,37 +27,24 @@ class Push:
 
 def push_of(event: ev.Event, state: State) -> Push | None:
     """What an event that has just been applied has for the peers."""
-    if type(event) not in _PUSHED:
-        return None
-    match event:
-        case ev.LeaseGranted(payload=payload):
-            return Push((lease_of(payload).peer,), "Lease", payload)
-        case ev.PlanMade(payload=payload):
-            return Push(_roster(state), "RoundPlan", payload)
-        case ev.SealMade(payload=payload):
-            return Push(_roster(state), "Seal", payload)
-        case ev.StepReported() if _draws(event, state):
-            return _seed_push(state, _roster(state))
-        case ev.VersionCommitted(payload=payload):
-            return Push(None, "VersionManifest", payload)
-        case ev.RunPaused(reason=reason):
-            return _notice("paused", reason)
-        case ev.RunResumed():
-            return _notice("resumed", "")
-        case _:
-            return None
+    push = _PUSHES.get(type(event))
+    return push(event, state) if push is not None else None
 
 
-_PUSHED = {
-    ev.LeaseGranted,
-    ev.PlanMade,
-    ev.SealMade,
-    ev.StepReported,
-    ev.VersionCommitted,
-    ev.RunPaused,
-    ev.RunResumed,
+def _drawn_push(event: ev.StepReported, state: State) -> Push | None:
+    return _seed_push(state, _roster(state)) if _draws(event, state) else None
+
+
+_PUSHES: dict[type[ev.Event], Callable[[Any, State], Push | None]] = {
+    ev.LeaseGranted: lambda event, _: Push((lease_of(event.payload).peer,), "Lease", event.payload),
+    ev.PlanMade: lambda event, state: Push(_roster(state), "RoundPlan", event.payload),
+    ev.SealMade: lambda event, state: Push(_roster(state), "Seal", event.payload),
+    ev.StepReported: _drawn_push,
+    ev.VersionCommitted: lambda event, _: Push(None, "VersionManifest", event.payload),
+    ev.RunPaused: lambda event, _: _notice("paused", event.reason),
+    ev.RunResumed: lambda event, _: _notice("resumed", ""),
 }
-"""Events that can have something."""
+"""By the kind of the event: what it has; others have nothing."""
 
 
 def current_for(state: State, peer: str, *, finished: bool) -> list[Push]:

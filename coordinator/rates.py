@@ -15,6 +15,9 @@ from hivegrpo.protocol.chunks import SPAN_FRAME_BYTES
 MIN_BYTES = 128 << 10
 """A transfer of less says more about latency and buffers than about bandwidth."""
 
+MIN_SECONDS = 1e-6
+"""No transfer counts as quicker, whatever its observer says: so every rate is a finite number."""
+
 FOLLOW = 0.3
 """Of the way from the rate to a new sample."""
 
@@ -39,7 +42,7 @@ def samples(attempt: Attempt) -> dict[str, float]:
     for peer, observer, sent, seconds in _sightings(attempt):
         before = seen.setdefault(peer, {}).get(observer, (0, 0.0))
         seen[peer][observer] = before[0] + sent, before[1] + seconds
-    estimates = {peer: sorted(sent / time for sent, time in by.values()) for peer, by in seen.items()}
+    estimates = {peer: sorted(sent / max(time, MIN_SECONDS) for sent, time in by.values()) for peer, by in seen.items()}
     return {peer: each[(len(each) - 1) // 2] for peer, each in estimates.items()}
 
 

@@ -50,7 +50,7 @@ def shares(chunks: int, rates: Sequence[float | None], peers: int) -> list[int]:
             late = middle
     ends = [((found[each] + 1) / speed, each) for each, speed in enumerate(speeds) if found[each] < most]
     heapify(ends)
-    for _ in range(chunks - sum(found)):  # few: each goes to who is through with it first
+    for _ in range(chunks - sum(found)):  # each goes to who is through with it first
         each = ends[0][1]
         found[each] += 1
         if found[each] < most:

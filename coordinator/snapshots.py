@@ -11,7 +11,7 @@ from hashlib import sha256
 from hivegrpo.coordinator.plain import fields_form
 from hivegrpo.coordinator.state import State, Terms
 
-FORMAT = 1
+FORMAT = 2
 """Of the encoding, and of what the values mean: to be raised if `apply` comes to another state by the same events."""
 
 _FORM = fields_form(State, without=frozenset({"terms"}))

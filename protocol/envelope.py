@@ -22,7 +22,8 @@ DIGEST_BYTES = 32
 M = TypeVar("M", bound=Message)
 
 Verify = Callable[[pb.Signed, str], None]
-"""(envelope, run id) -> nothing; SignatureError if its signer did not sign it for that run."""
+"""(envelope, run id) -> nothing; SignatureError if its signer did not sign it for that run, as of its type. Whether
+these are the signer and the type that were due is for the caller to say. It leaves the envelope as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def sign(identity: Identity, run_id: str, message: Message) -> pb.Signed:
 
 
 def verify_envelope(signed: pb.Signed, run_id: str) -> None:
-    """SignatureError unless the signer that an envelope names has signed it, as its type, for that run."""
+    """`Verify` by Ed25519 keys."""
     verify(signed.signer, signed.signature, _signing_bytes(signed.type, run_id, signed.payload))
 
 
@@ -79,12 +80,13 @@ def verified_payload(
     signed: pb.Signed, run_id: str, type_name: str, signer: str | None = None, verify: Verify = verify_envelope
 ) -> bytes:
     """The payload of an envelope, not parsed yet; SignatureError as for `open_signed`."""
+    payload = signed.payload
     if signed.type != type_name:
         raise SignatureError(f"expected a signed {type_name}, got {signed.type[:40]!r}")
     if signer is not None and signed.signer != signer:
         raise SignatureError(f"{type_name} is signed by {signed.signer[:60]!r}, not by {signer}")
     verify(signed, run_id)
-    return signed.payload
+    return payload
 
 
 def open_run(envelope: pb.Signed, coordinator: str) -> Opened[pb.RunManifest]:

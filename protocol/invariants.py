@@ -136,10 +136,11 @@ class Checker:
         """Of the versions; without a gap they are those from 0 to the height."""
         self._bans: dict[str, Record] = {}
         self._found: list[Violation] = []
-        """By what was taken last."""
+        """In what was taken last."""
 
     def take(self, record: Record) -> list[Violation]:
         """Take one record of the coordinator's: what it breaks."""
+        self._found = []
         match record["kind"]:
             case "lease" if record.get("iteration", 0):
                 self._renewed(record)
@@ -166,26 +167,23 @@ class Checker:
                 self._version(record)
             case "run":
                 self._run_id = record["run_id"]
-        return self._noted()
+        return self._found
 
     def finish(
         self, peers: Mapping[str, Iterable[Record]], judge: Judge | None = None, calm: Iterable[Calm] = ()
     ) -> list[Violation]:
         """What only shows at the end, and in the peers' histories."""
+        self._found = []
         self._check_resolved()
         for peer, records in sorted(peers.items()):
             self._check_peer(peer, records)
         if judge is not None:
             self._check_bans(judge)
         self._check_calm(calm)
-        return self._noted()
+        return self._found
 
     def _note(self, invariant: int, text: str) -> None:
         self._found.append(Violation(invariant, text))
-
-    def _noted(self) -> list[Violation]:
-        found, self._found = self._found, []
-        return found
 
     @property
     def _height(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hivegrpo.protocol.history import Record
-from hivegrpo.protocol.invariants import Calm, Violation, check
+from hivegrpo.protocol.invariants import Calm, Checker, Violation, check
 from hivegrpo.protocol.scalars import fp32_bits
 
 RUN = "f" * 64
@@ -392,3 +392,12 @@ def test_what_is_in_flight_at_the_end_may_be_open() -> None:
     assert histories.coordinator[-1]["kind"] == "contribution"
     histories.coordinator[-1]["version"] = 2
     assert [violation.invariant for violation in histories.check()] == [2]
+
+
+def test_what_a_damaged_record_broke_is_not_laid_to_the_next() -> None:
+    checker = Checker()
+    with pytest.raises(KeyError):
+        checker.take(
+            {"kind": "version", "version": 5, "parent": "another", "digest": "d", "state_root": "r", "at": 0.0}
+        )
+    assert checker.take({"kind": "run", "run_id": RUN}) == []

@@ -1,6 +1,7 @@
 """Shares of the reducers from measured rates, and the rates from what others saw."""
 
 from itertools import product
+from math import isfinite
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from hivegrpo.coordinator.shares import NOISE, _told_apart, shares, spans
 from hivegrpo.protocol import hivegrpo_pb2 as pb
 from hivegrpo.protocol.chunks import SPAN_FRAME_BYTES, split_evenly
 
-RATES = st.lists(st.one_of(st.none(), st.floats(1e-3, 1e12)), min_size=1, max_size=64)
+RATES = st.lists(st.one_of(st.none(), st.floats(1e-3, 1e17)), min_size=1, max_size=64)
 
 
 def told_apart(rates: list[float]) -> list[float]:
@@ -130,6 +131,17 @@ def test_a_minority_of_liars_moves_no_sample_out_of_what_the_honest_saw(rates: l
     seen = dict(zip("abcdefg", rates, strict=True))
     found = samples(attempt_of("abcdefg", seen, liars=dict(zip("ag", lies, strict=True))))
     assert found == pytest.approx(seen)
+
+
+def test_no_report_makes_a_rate_that_cannot_be_computed_with() -> None:
+    attempt = attempt_of("ab", {"a": 1e6, "b": 2e6})
+    attempt.pushes["a"]["b"] = attempt.pushes["b"]["a"] = 5e-324
+    attempt.fetches["a"], attempt.fetches["b"] = (0.0, 5e-324), (5e-324, 0.0)
+    rates: dict[str, float] = {"a": 1e6}
+    for _ in range(60):
+        follow(rates, attempt)
+        assert sum(shares(64, [*rates.values(), None], 3)) == 64
+    assert all(isfinite(rate) and rate > 0.0 for rate in rates.values())
 
 
 def test_a_rate_follows_slowly_and_never_far_at_once() -> None:

@@ -65,10 +65,6 @@ class Outcome:
         ]
 
 
-REASONED = {ev.LeaseExpired, ev.ContributionRejected, ev.AttemptFailed}
-"""Events that are counted by their reasons, too."""
-
-
 @dataclass(slots=True)
 class Tally:
     """Counts while a simulation runs."""
@@ -98,14 +94,15 @@ class Tally:
         """Take events of the coordinator's."""
         self.events.update([type(event).__name__ for event in events])
         for event in events:
-            if type(event) not in REASONED:
-                continue
-            if isinstance(event, ev.LeaseExpired):
-                self.expired[_kind(event.reason)] += 1
-            elif isinstance(event, ev.ContributionRejected):
-                self.rejected[_kind(event.reason)] += 1
-            elif isinstance(event, ev.AttemptFailed):
-                self.failed[_kind(event.reason)] += 1
+            match event:
+                case ev.LeaseExpired(reason=reason):
+                    self.expired[_kind(reason)] += 1
+                case ev.ContributionRejected(reason=reason):
+                    self.rejected[_kind(reason)] += 1
+                case ev.AttemptFailed(reason=reason):
+                    self.failed[_kind(reason)] += 1
+                case _:
+                    pass
 
     def outcome(
         self,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import Message
 
@@ -47,9 +47,6 @@ READERS: dict[str, Callable[[bytes], Message]] = {
     "Notice": partial(parse, pb.Notice),
 }
 """What is pushed to many, by type."""
-
-TURNS = {ev.VersionCommitted, ev.PeerLeft, ev.PeerBanned}
-"""Events after which the chain is longer, or a session over."""
 
 Answer = Callable[[bool | None, str], None]
 """Takes whether a report was accepted, and why not; None: no answer, as the coordinator is down."""
@@ -146,6 +143,12 @@ class Sequencer:
         """To be kept once its events are on disk."""
         self._alarm: float | None = None
         self._life = 0
+        self._follow: dict[type[ev.Event], Callable[[Any], None]] = {
+            ev.VersionCommitted: self._extend,
+            ev.PeerLeft: self._dismiss,
+            ev.PeerBanned: self._dismiss,
+        }
+        """What follows here from an event that is on disk, by its kind."""
         self.state = State(terms)
 
     def start(self) -> None:
@@ -298,23 +301,22 @@ class Sequencer:
         if self._keep_history:
             self.history += events
             self.snapshot, self._next_snapshot = self._next_snapshot or self.snapshot, None
-        committed = False
+        height = len(self.chain)
         for event in events:
-            if type(event) not in TURNS:
-                continue
-            if isinstance(event, ev.VersionCommitted):
-                self.chain.append(digest_of(event.payload))
-                committed = True
-            elif isinstance(event, ev.PeerLeft | ev.PeerBanned):
-                self._dismiss(event)
+            follow = self._follow.get(type(event))
+            if follow is not None:
+                follow(event)
         self._on_written(events)
         for effect in effects:
             effect()
         for answer, accepted, reason in answers:
             answer(accepted, reason)
-        if committed and self.state.phase is Phase.FINISHED:
+        if len(self.chain) > height and self.state.phase is Phase.FINISHED:
             push = finished_push(self.state)
             self._deliver(push, _told(push))
+
+    def _extend(self, event: ev.VersionCommitted) -> None:
+        self.chain.append(digest_of(event.payload))
 
     def _dismiss(self, event: ev.PeerLeft | ev.PeerBanned) -> None:
         session = self._sessions.pop(event.peer, None)

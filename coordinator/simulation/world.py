@@ -35,9 +35,6 @@ STEPS = 64
 STALLED = 20
 """A simulation is given up after as many times the longest wait without a commit."""
 
-NOTED = {ev.PlanMade, ev.VersionCommitted}
-"""Events from which something follows in the world at once."""
-
 CHECKED = {
     ev.LeaseGranted,
     ev.LeaseExpired,
@@ -49,6 +46,10 @@ CHECKED = {
     ev.VersionCommitted,
 }
 """What the invariants are judged by, of the coordinator's events."""
+
+
+Reader = Callable[[ev.Event], Iterable[Any]]
+"""Takes an event's fields."""
 
 
 class Digest(Protocol):
@@ -90,6 +91,11 @@ class World:
         self._partition = 0
         self._news: list[ev.Event] = []
         """What is on disk, and not yet in the tally, the digest and the checker."""
+        self._follow: dict[type[ev.Event], Callable[[Any], None]] = {
+            ev.PlanMade: self._planned,
+            ev.VersionCommitted: self._committed,
+        }
+        """What follows in the world from an event that is on disk, by its kind."""
         self._digest = sha256()
         self._healed_at: float | None = None
         self._checker = Checker()
@@ -176,13 +182,9 @@ class World:
         """Events of the coordinator's are on disk."""
         self._news += events
         for event in events:
-            if type(event) not in NOTED:
-                continue
-            if isinstance(event, ev.PlanMade):
-                self.newest_plan = digest_of(event.payload)
-            elif isinstance(event, ev.VersionCommitted):
-                self.tally.commit(event.at)
-                self._committed(parse(pb.VersionManifest, event.payload))
+            follow = self._follow.get(type(event))
+            if follow is not None:
+                follow(event)
 
     def _judge(self) -> None:
         """Take in what has happened since this was done last: many events at once, as nothing follows from it but the
@@ -194,7 +196,12 @@ class World:
             if type(event) in CHECKED:
                 self._found += self._checker.take(record_of(event))
 
-    def _committed(self, manifest: pb.VersionManifest) -> None:
+    def _planned(self, event: ev.PlanMade) -> None:
+        self.newest_plan = digest_of(event.payload)
+
+    def _committed(self, event: ev.VersionCommitted) -> None:
+        self.tally.commit(event.at)
+        manifest = parse(pb.VersionManifest, event.payload)
         version = manifest.version
         if version > 0:
             self._roots.append(state_root(self._roots[version - 1], manifest.plan, manifest.seal))
@@ -316,9 +323,6 @@ def _absorb(digest: Digest, events: Iterable[ev.Event]) -> None:
             whole[place] = len(whole[place])
         told += [f"{kind.__name__} {whole!r}\n".encode(), pack("<d", at), *data]
     digest.update(b"".join(told))
-
-
-Reader = Callable[[ev.Event], Iterable[Any]]
 
 
 def _fields(kind: type[ev.Event]) -> tuple[Reader, list[int]]:
