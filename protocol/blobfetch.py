@@ -197,16 +197,17 @@ class BlobFetch:
         return sorted((index for index in since if now - since[index] > SLOW_SECONDS), key=since.__getitem__)
 
     def _is_seed_due(self, now: float) -> bool:
-        """Whether others have given nothing for too long, or something that is missing is offered by none of them."""
-        if self._part is not None:
-            maps = [
-                source.reader.have
-                for source, _ in self._sources.values()
-                if source.reader is not None and source.peer != self._seed
-            ]
-            offered = 0
-            for have in (*maps, self._store.map(self._ref)):
-                offered |= int.from_bytes(have, "little")
+        """Whether others have given nothing for too long, or something that is missing is offered by none of them.
+
+        Who was asked, and has not said yet what it has, may offer it.
+        """
+        others = [source for source, _ in self._sources.values() if source.peer != self._seed]
+        if any(other.reader is None for other in others):
+            self._offered = now
+        elif self._part is not None:
+            offered = int.from_bytes(self._store.map(self._ref), "little")
+            for other in others:
+                offered |= 0 if other.reader is None else int.from_bytes(other.reader.have, "little")
             if offered == (1 << self._ref.pieces) - 1:
                 self._offered = now
         return now - self._given > self._patience or now - self._offered > ORPHAN_PATIENCE * self._patience

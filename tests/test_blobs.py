@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import threading
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
@@ -296,6 +297,40 @@ def test_the_seed_is_not_asked_while_others_give(theirs: BlobStore, ours: BlobSt
 
     with_holders({"holder": honest(theirs), "seed": seed}, scenario)
     assert seed.streams == 0
+
+
+def test_who_is_slow_to_say_what_it_has_may_have_it(theirs: BlobStore, ours: BlobStore) -> None:
+    theirs.add_bytes(DATA)
+    seed = Scripted()
+
+    async def scenario(reader: Transport) -> None:
+        async def opening(peer: str) -> Stream:
+            if peer == "holder":
+                await asyncio.sleep(0.8)
+            return await reader.open_stream(peer, BLOB)
+
+        await BlobFetch(REF, ours, lambda: ["holder"], opening, seed="seed", patience=1.5).run()
+
+    with_holders({"holder": honest(theirs), "seed": seed}, scenario)
+    assert seed.streams == 0
+
+
+def test_who_never_says_what_it_has_is_not_waited_for(ours: BlobStore) -> None:
+    lacks = Scripted([PIECES[0], None, PIECES[2]], map_=b"\x05")
+    seed = Scripted()
+
+    async def scenario(reader: Transport) -> None:
+        async def opening(peer: str) -> Stream:
+            if peer == "hangs":
+                await asyncio.sleep(PATIENCE)
+            return await reader.open_stream(peer, BLOB)
+
+        began = time.monotonic()
+        await BlobFetch(REF, ours, lambda: ["lacks", "hangs"], opening, seed="seed", patience=0.5).run()
+        assert time.monotonic() - began < 0.5 * PATIENCE
+
+    with_holders({"lacks": lacks, "seed": seed}, scenario)
+    assert (sorted(lacks.asked), seed.asked) == ([0, 2], [1])
 
 
 def test_alone_the_seed_gives_all_at_once(ours: BlobStore) -> None:
