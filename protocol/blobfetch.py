@@ -31,7 +31,8 @@ SEED_PATIENCE = 5.0
 """Seconds without anything from other holders, after which the seed is asked. At once, if nobody else can be."""
 
 ORPHAN_PATIENCE = 0.2
-"""Share of that patience after which the seed is asked for a piece that nobody else offers."""
+"""Share of that patience after which the seed is asked for a piece that nobody else offers, if all have said what they
+have."""
 
 MAX_SOURCES = 8
 """Holders that are asked at once."""
@@ -199,18 +200,18 @@ class BlobFetch:
     def _is_seed_due(self, now: float) -> bool:
         """Whether others have given nothing for too long, or something that is missing is offered by none of them.
 
-        Who was asked, and has not said yet what it has, may offer it.
+        Somebody who was asked, and has not said yet what it has, may offer it: that is waited for, but no longer than
+        for anything to come.
         """
-        others = [source for source, _ in self._sources.values() if source.peer != self._seed]
-        if any(other.reader is None for other in others):
-            self._offered = now
-        elif self._part is not None:
+        others = [source.reader for source, _ in self._sources.values() if source.peer != self._seed]
+        if self._part is not None:
             offered = int.from_bytes(self._store.map(self._ref), "little")
-            for other in others:
-                offered |= 0 if other.reader is None else int.from_bytes(other.reader.have, "little")
+            for reader in others:
+                offered |= 0 if reader is None else int.from_bytes(reader.have, "little")
             if offered == (1 << self._ref.pieces) - 1:
                 self._offered = now
-        return now - self._given > self._patience or now - self._offered > ORPHAN_PATIENCE * self._patience
+        orphan_patience = self._patience if None in others else ORPHAN_PATIENCE * self._patience
+        return now - self._given > self._patience or now - self._offered > orphan_patience
 
     def _start(self, peer: str) -> None:
         source = _Source(peer)
@@ -288,7 +289,8 @@ class BlobFetch:
                 raise FrameError("a piece that ends in the middle")
             blocks.append(block)
             left -= len(block)
-            self._hear(source)
+            if index not in part.have:
+                self._hear(source)
         if not left and index not in part.have:
             await asyncio.to_thread(part.add, index, b"".join(blocks))
             part.note(index)

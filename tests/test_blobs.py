@@ -82,11 +82,14 @@ class Scripted:
         map_: bytes = b"\x07",
         most: int = 1000,
         before: Callable[[int], Awaitable[None]] | None = None,
+        pause: float = 0.0,
     ) -> None:
-        """`pieces`: None is not there; it ends the stream after `most` pieces, and awaits `before` each."""
+        """`pieces`: None is not there; it ends the stream after `most` pieces, awaits `before` each, and pauses for so
+        many seconds before each block."""
         self.asked: list[int] = []
         self.streams = 0
         self._pieces, self._leaves, self._map, self._most, self._before = pieces, leaves, map_, most, before
+        self._pause = pause
 
     async def __call__(self, transport: Transport) -> None:
         await transport.serve_stream(BLOB, self._serve)
@@ -109,6 +112,7 @@ class Scripted:
                 await self._before(request.piece)
             piece = self._pieces[request.piece]
             for start in range(0, len(piece or b"1"), BLOCK_BYTES):
+                await asyncio.sleep(self._pause)
                 await stream.send(b"" if piece is None else piece[start : start + BLOCK_BYTES])
 
 
@@ -315,9 +319,15 @@ def test_who_is_slow_to_say_what_it_has_may_have_it(theirs: BlobStore, ours: Blo
     assert seed.streams == 0
 
 
-def test_who_never_says_what_it_has_is_not_waited_for(ours: BlobStore) -> None:
-    lacks = Scripted([PIECES[0], None, PIECES[2]], map_=b"\x05")
-    seed = Scripted()
+@pytest.mark.parametrize("pause", [0.0, 0.25], ids=["fast", "trickling"])
+def test_who_never_says_what_it_has_is_not_waited_for(ours: BlobStore, pause: float) -> None:
+    times: list[float] = []
+
+    async def note(_: int) -> None:
+        times.append(time.monotonic())
+
+    lacks = Scripted([PIECES[0], None, PIECES[2]], map_=b"\x05", pause=pause)
+    seed = Scripted(before=note)
 
     async def scenario(reader: Transport) -> None:
         async def opening(peer: str) -> Stream:
@@ -325,12 +335,26 @@ def test_who_never_says_what_it_has_is_not_waited_for(ours: BlobStore) -> None:
                 await asyncio.sleep(PATIENCE)
             return await reader.open_stream(peer, BLOB)
 
-        began = time.monotonic()
+        times.append(time.monotonic())
         await BlobFetch(REF, ours, lambda: ["lacks", "hangs"], opening, seed="seed", patience=0.5).run()
-        assert time.monotonic() - began < 0.5 * PATIENCE
 
     with_holders({"lacks": lacks, "seed": seed}, scenario)
-    assert (sorted(lacks.asked), seed.asked) == ([0, 2], [1])
+    assert 1 in seed.asked
+    assert times[1] - times[0] < 1.5
+
+
+def test_what_is_here_already_is_no_progress(ours: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blobfetch, "SLOW_SECONDS", 0.1)
+    trickling = Scripted([PIECES[0], None, None], map_=b"\x01", pause=0.4)
+    lacks = Scripted([PIECES[0], None, PIECES[2]], map_=b"\x05", pause=0.02)
+
+    async def scenario(reader: Transport) -> None:
+        began = time.monotonic()
+        with pytest.raises(RemoteError, match=r"nothing came within 1 s.*2 of its 3 pieces"):
+            await fetch(reader, REF, ours, ["trickling", "lacks"], stall=1.0).run()
+        assert time.monotonic() - began < 2.5
+
+    with_holders({"trickling": trickling, "lacks": lacks}, scenario)
 
 
 def test_alone_the_seed_gives_all_at_once(ours: BlobStore) -> None:

@@ -19,7 +19,7 @@ def envelope(kind: str, payload: bytes, signer: str) -> pb.Signed:
 
 
 def verify(signed: pb.Signed, run_id: str) -> None:
-    """As `protocol.envelope.verify_envelope`, of the stub signature, which is the same for all runs."""
+    """As `protocol.envelope.verify_envelope`, of the stub signature, which is the same for all."""
     if signed.signature != SIGNATURE:
         raise SignatureError(f"not signed by {signed.signer}")
 
