@@ -107,7 +107,7 @@ def violations_of(seed: int) -> tuple[int, list[str]]:
     """What one simulation of the sweep broke, with its seed."""
     gc.disable()  # as `hivegrpo simulate` does
     outcome = World(Setting(config_for(SWEEP_PEERS, SWEEP_ROUNDS), SWEEP_PEERS, seed, Faults.parse("all"))).run()
-    gc.collect()  # what refers to itself in the whole of it: a dozen megabytes, hundreds of times
+    gc.collect()  # the world and its peers refer to each other: a dozen megabytes, of hundreds of seeds
     return seed, [f"invariant {violation.invariant}: {violation.text}" for violation in outcome.violations]
 
 

@@ -37,7 +37,7 @@ def run_simulation(
         upload_mbit=numbers["upload_mbit"],
     )
     replay = _command(numbers, setting, config)
-    gc.disable()  # next to nothing here is cyclic, and looking for it in all that is kept takes a tenth of the time
+    gc.disable()  # nothing cyclic goes before the end, and to look through what stays takes a tenth of the time
     try:
         outcome = _measured(setting)
     except BaseException:

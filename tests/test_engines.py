@@ -15,8 +15,9 @@ from typing import Any
 
 import openai
 import pytest
+from support.beds import within
 from support.programs import gone
-from support.serving import NAME, Script, client_of, fake_engine, listening, within, write_folder
+from support.serving import NAME, Script, client_of, fake_engine, listening, write_folder
 
 from hivegrpo.cli import launch_serve as launch_module
 from hivegrpo.cli.launch_serve import launch

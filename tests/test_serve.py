@@ -10,8 +10,9 @@ from pathlib import Path
 import openai
 import psutil
 import pytest
+from support.beds import within
 from support.processes import ADDITION, Process, machine
-from support.serving import client_of, within
+from support.serving import client_of
 from support.trained_run import MadeRun, write_run
 from transformers import AutoTokenizer
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from support.serving import CONTEXT, NAME, Script, serving, within, write_folder
+from support.beds import within
+from support.serving import CONTEXT, NAME, Script, serving, write_folder
 
 from hivegrpo.peer.learn.templates import refusal
 from hivegrpo.peer.serving.prompts import REST_SECONDS, PromptReader

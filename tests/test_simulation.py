@@ -414,3 +414,17 @@ def test_events_that_differ_differ_in_the_digest(one: ev.Event, other: ev.Event)
     assert digest(one) != digest(other)
     assert digest(one, other) != digest(other, one)
     assert digest(one) == digest(copy(one))
+
+
+def test_what_one_event_holds_is_not_taken_for_another_event() -> None:
+    class Taken(bytearray):
+        def update(self, data: bytes, /) -> None:
+            self.extend(data)
+
+    def taken(*events: ev.Event) -> bytes:
+        told = Taken()
+        _absorb(told, events)
+        return bytes(told)
+
+    second = ev.PlanMade(2.0, b"b")
+    assert taken(ev.PlanMade(1.0, b"a"), second) != taken(ev.PlanMade(1.0, b"a" + taken(second)))

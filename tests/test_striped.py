@@ -4,7 +4,7 @@ import asyncio
 from random import Random
 
 import pytest
-from support.beds import MIB, PATIENCE, Bed, on_both_networks
+from support.beds import MIB, PATIENCE, Bed, on_both_networks, within
 
 from hivegrpo.protocol.errors import RemoteError
 from hivegrpo.protocol.transport import striped
@@ -19,12 +19,6 @@ LANES = 5
 async def until(told: asyncio.Event) -> None:
     async with asyncio.timeout(PATIENCE):
         await told.wait()
-
-
-async def until_no_stream_is_left(server: ServingTransport) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while server._served or server._streams:  # noqa: ASYNC110 - nobody tells
-            await asyncio.sleep(0.01)
 
 
 async def echo(stream: Stream) -> None:
@@ -102,7 +96,7 @@ def test_all_lanes_end_with_the_stream(bed: Bed) -> None:
             await stream.send(b"that is all")
             with pytest.raises(RemoteError, match="ended the stream"):
                 await stream.receive(MIB, PATIENCE)
-        await until_no_stream_is_left(server)
+        await within(lambda: not (server._served or server._streams))
         assert server.rejected == {}
 
     bed(scenario)
@@ -247,7 +241,7 @@ def test_no_more_streams_in_lanes_are_served_at_once_than_others(bed: Bed) -> No
         assert server.rejected == {"RemoteError": 1}
         for stream in streams:
             await stream.close()
-        await until_no_stream_is_left(server)
+        await within(lambda: not (server._served or server._streams))
         async with await client.open_stream(server.peer_id, "echo", lanes=2) as again:
             await again.send(b"again")
             assert await again.receive(MIB, PATIENCE) == b"again"

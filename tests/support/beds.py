@@ -15,6 +15,14 @@ MIB = 1 << 20
 PATIENCE = 30.0
 """More than any step takes; running into it is a failure."""
 
+
+async def within(condition: Callable[[], bool]) -> None:
+    """Turns of the loop until a condition holds that no event tells of."""
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
 Scenario = Callable[[ServingTransport, ServingTransport], Awaitable[None]]
 Bed = Callable[[Scenario], None]
 

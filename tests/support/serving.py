@@ -4,7 +4,7 @@ import asyncio
 import json
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -216,10 +216,3 @@ async def client_of(url: str, key: str = "none") -> AsyncIterator[openai.AsyncOp
         openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, http_client=http) as client,
     ):
         yield client
-
-
-async def within(condition: Callable[[], bool]) -> None:
-    """Turns of the loop until a condition holds that no event tells of."""
-    async with asyncio.timeout(SECONDS):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
