@@ -15,9 +15,11 @@ from collections.abc import Iterator
 import psutil
 
 IN_TERMINAL = (
-    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+    "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
 )
-"""Makes the terminal the one whose keys signal this process, and becomes the command."""
+"""Makes the terminal the one whose keys signal this process, and becomes the command. As in any terminal SIGINT is not
+ignored, though it is where tests are started in a shell's background."""
 SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 """What moves a cursor or sets a colour."""
 CTRL_C, CTRL_D = "\x03", "\x04"
